@@ -1,0 +1,30 @@
+"""Where a run starts from and what it leaves behind."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import NonNegativeInt, PositiveInt
+
+from megalemur.config.section import Section
+
+
+class CheckpointConfig(Section):
+    """Checkpoints: Hugging Face directories with a trainer/ folder."""
+
+    directory: Path
+    """Holds step_NNNNNN directories. A run resumes from the newest one that verifies."""
+    start_from: Path | None = None
+    """Hugging Face Llama directory to start from when `directory` holds no checkpoint. Unset: from scratch."""
+    load: Literal["all", "weights"] = "all"
+    """When resuming. all: weights, masters, moments, schedule and data position. weights: a new run from the
+    newest checkpoint's fp32 masters; step, data position and moments start again."""
+    save_every: NonNegativeInt = 0
+    """Steps between checkpoints; 0: only at the end."""
+    keep: NonNegativeInt = 0
+    """Newest checkpoints to keep; older ones are deleted after a newer commit. 0 keeps all."""
+    export_dtype: Literal["source", "fp32", "bf16", "fp16"] = "source"
+    """Width of the Hugging Face weights. source: that of start_from; the compute precision from scratch."""
+    max_file_bytes: PositiveInt = 10_000_000_000
+    """Largest Hugging Face weight file, in bytes; a larger tensor gets a file of its own."""
+    allow_changes: tuple[Literal["backend", "optimizer", "versions"], ...] = ()
+    """Differences from the checkpoint's record that a resume accepts; every other one is an error."""

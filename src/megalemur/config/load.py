@@ -1,0 +1,194 @@
+"""From YAML and overrides to a RunConfig, with every problem reported at once and named as the user wrote it."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from megalemur.config.checks import problems_of
+from megalemur.config.run import RunConfig
+
+
+class ConfigError(ValueError):
+    """A run file or an override that cannot be used. `problems` holds one sentence each."""
+
+    def __init__(self, origin: str, problems: Sequence[str]):
+        self.problems = list(problems)
+        super().__init__(f"{origin}:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML 1.1 without its surprises: duplicate keys are errors, 1e-4 is a number, on/off/yes/no are strings."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+    def compose_node(self, parent: Any, index: int) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(
+                None, None, "anchors and aliases are not used in run files", self.peek_event().start_mark
+            )
+        return super().compose_node(parent, index)
+
+
+def _resolvers() -> dict[str, list[tuple[str, Any]]]:
+    import re
+
+    bool_tag, float_tag = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
+    table = {
+        first: [(tag, pattern) for tag, pattern in rules if tag not in (bool_tag, float_tag)]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    for first in "tTfF":
+        table.setdefault(first, []).append((bool_tag, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")))
+    number = re.compile(r"^[-+]?(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*|\d[\d_]*)(?:[eE][-+]?\d+)?$")
+    for first in "-+.0123456789":
+        table.setdefault(first, []).append((float_tag, number))
+    return table
+
+
+_StrictLoader.yaml_implicit_resolvers = _resolvers()
+
+
+def _parse(text: str, origin: str) -> Any:
+    try:
+        return yaml.load(text, _StrictLoader)  # noqa: S506  (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(origin, [" ".join(str(error).split())]) from None
+
+
+def _apply_override(values: dict[str, Any], override: str) -> str | None:
+    """Write one `section.key=value` into `values`; returns the problem, if there is one."""
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or len(keys) < 2 or not all(keys):
+        return f"{override}: an override is written section.key=value"
+    try:
+        value = _parse(text, override)
+    except ConfigError as error:
+        return error.problems[0]
+    here: Any = values
+    for key in keys[:-1]:
+        here = here.setdefault(key, {}) if isinstance(here, dict) else _list_item(here, key)
+        if not isinstance(here, (dict, list)):
+            return f"{override}: {key} holds no settings"
+    if isinstance(here, list):
+        return f"{override}: name a setting of an item, as in data.sources.0.weight"
+    here[keys[-1]] = value
+    return None
+
+
+def _list_item(items: Any, key: str) -> Any:
+    return items[int(key)] if isinstance(items, list) and key.isdigit() and int(key) < len(items) else None
+
+
+def _fields_at(model: type[BaseModel], path: Iterable[Any]) -> dict[str, Any]:
+    """Names that are allowed where `path` points; indices of lists are passed over."""
+    fields: dict[str, Any] = model.model_fields
+    for key in path:
+        if isinstance(key, int):
+            continue
+        inner = _section_in(fields[key].annotation) if key in fields else None
+        if inner is None:
+            return {}
+        fields = inner.model_fields
+    return fields
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for part in getattr(annotation, "__args__", ()):
+        found = _section_in(part)
+        if found is not None:
+            return found
+    return None
+
+
+def _sentence(error: Any) -> str:
+    """One pydantic error as a sentence that starts with the setting's name."""
+    where = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        *parents, key = error["loc"]
+        near = difflib.get_close_matches(str(key), _fields_at(RunConfig, parents), n=1, cutoff=0.5)
+        names = ", ".join(_fields_at(RunConfig, parents))
+        hint = f"did you mean {'.'.join([*map(str, parents), near[0]])}?" if near else f"there are {names}"
+        return f"{where}: no such setting; {hint}"
+    if error["type"] == "missing":
+        return f"{where}: not given, and it has no default"
+    message = error["msg"].removeprefix("Value error, ")
+    if isinstance(error.get("input"), (str, int, float, bool)):
+        message = f"{message[:1].lower()}{message[1:]} (given: {error['input']!r})"
+    return f"{where}: {message}"
+
+
+def _validate(values: dict[str, Any], origin: str) -> RunConfig:
+    """Validate part by part, so that problems inside one part do not hide those between others."""
+    problems: list[str] = []
+    parts: dict[str, Any] = {}
+    for name, field in RunConfig.model_fields.items():
+        section = _section_in(field.annotation)
+        assert section is not None
+        if name not in values and not field.is_required():
+            parts[name] = field.get_default()
+            continue
+        try:
+            parts[name] = section.model_validate(values.get(name) or {})
+        except ValidationError as error:
+            problems += [_sentence({**item, "loc": (name, *item["loc"])}) for item in error.errors()]
+    problems += [
+        _sentence({"type": "extra_forbidden", "loc": (key,)}) for key in values if key not in RunConfig.model_fields
+    ]
+    problems += problems_of(parts)
+    if problems:
+        raise ConfigError(origin, problems)
+    return RunConfig(**parts)
+
+
+def parse_run(text: str, overrides: Sequence[str] = (), origin: str = "run file") -> RunConfig:
+    """RunConfig from YAML text and `section.key=value` overrides.
+
+    Raises:
+        ConfigError: anything wrong with either; the message lists every problem.
+    """
+    values = _parse(text, origin)
+    if not isinstance(values, dict):
+        raise ConfigError(origin, ["a run file is a mapping of sections: run, model, parallel, data …"])
+    bad = [problem for override in overrides if (problem := _apply_override(values, override))]
+    if bad:
+        raise ConfigError(origin, bad)
+    return _validate(values, origin)
+
+
+def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """RunConfig from a run file.
+
+    Raises:
+        ConfigError: no such file, or anything that `parse_run` refuses.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), [f"cannot be read: {error}"]) from None
+    return parse_run(text, overrides, origin=str(path))
+
+
+def dump_run(config: RunConfig) -> str:
+    """The resolved run as YAML that `parse_run` reads back to an equal RunConfig."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)
+
+
+def run_schema() -> dict[str, Any]:
+    """JSON schema of a run file, for editors."""
+    return RunConfig.model_json_schema()

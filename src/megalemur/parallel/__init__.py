@@ -1,0 +1,1 @@
+"""Where this process stands. The only owner of megatron.core.parallel_state."""
