@@ -1,0 +1,136 @@
+"""The Hugging Face weights of a checkpoint: which tensor goes into which file, gathered tensor by tensor and written.
+
+One rank writes a file. All ranks walk through one and the same order of messages, so that none waits in a circle, and
+walk on after an error, so that none waits in vain. Memory above the model: a tensor on the writer, a piece on a sender.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from itertools import zip_longest
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from megalemur.checkpoint.exchange import Attempt, Peers
+from megalemur.checkpoint.manifest import FileEntry
+from megalemur.checkpoint.placement import Placed
+from megalemur.checkpoint.strict_json import readable_json
+from megalemur.checkpoint.tensor_file import TensorFileWriter, TensorSpec, file_order
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+PieceReader = Callable[[Placed], torch.Tensor]
+
+
+class WeightFile(NamedTuple):
+    """A file of weights and the rank that writes it."""
+
+    name: str
+    writer: int
+    specs: dict[str, TensorSpec]
+    """In the order of the file."""
+
+
+def share_out(specs: Mapping[str, TensorSpec], max_file_bytes: int, ranks: int) -> list[WeightFile]:
+    """Fill files in the order of the tensors up to `max_file_bytes`; a larger tensor has a file of its own."""
+    groups: list[dict[str, TensorSpec]] = [{}]
+    size = 0
+    for name, spec in specs.items():
+        if groups[-1] and size + spec.bytes > max_file_bytes:
+            groups.append({})
+            size = 0
+        groups[-1][name] = spec
+        size += spec.bytes
+    count = len(groups)
+    names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    # evenly spread, and far apart where files are few: neighbours share a node and its network card
+    return [
+        WeightFile(name, i * ranks // count, file_order(group))
+        for i, (name, group) in enumerate(zip(names, groups, strict=True))
+    ]
+
+
+def index_json(files: Sequence[WeightFile]) -> bytes:
+    """model.safetensors.index.json, as Hugging Face writes it."""
+    specs = [(name, spec, file.name) for file in files for name, spec in file.specs.items()]
+    return readable_json(
+        {
+            "metadata": {"total_size": sum(spec.bytes for _, spec, _ in specs)},
+            "weight_map": {name: file for name, _, file in specs},
+        }
+    )
+
+
+def _turns(files: Sequence[WeightFile]) -> Iterator[tuple[WeightFile, str]]:
+    """The first tensor of every file, then the second of every file, and so on."""
+    for row in zip_longest(*(file.specs for file in files)):
+        yield from ((file, name) for file, name in zip(files, row, strict=True) if name is not None)
+
+
+class WeightGatherer:
+    """Writes this rank's weight files and sends the others what they need."""
+
+    def __init__(self, peers: Peers, masters: Sequence[Placed], read: PieceReader):
+        self._peers = peers
+        self._read = read
+        self._parts: dict[str, list[Placed]] = {}
+        for part in masters:
+            self._parts.setdefault(part.name, []).append(part)
+
+    def write(self, directory: Path, files: Sequence[WeightFile], attempt: Attempt) -> dict[str, FileEntry]:
+        """Write every file; the entries of those this rank wrote. Errors end up in `attempt`.
+
+        Files take turns tensor by tensor, so that their writers work at the same time.
+        """
+        writers: dict[str, TensorFileWriter] = {}
+        entries = {}
+        with ExitStack() as stack:
+            for file in files:
+                if file.writer == self._peers.rank:
+                    with attempt.step():
+                        writers[file.name] = stack.enter_context(TensorFileWriter(directory / file.name, file.specs))
+            for file, name in _turns(files):
+                self._gather(name, file, writers.get(file.name), attempt)
+            for name, writer in writers.items():
+                with attempt.step():
+                    if attempt.error is None:
+                        entries[name] = writer.finish()
+            with attempt.step():
+                stack.close()
+        return entries
+
+    def _gather(self, name: str, file: WeightFile, writer: TensorFileWriter | None, attempt: Attempt) -> None:
+        """Bring the parts of one tensor together on the file's writer, and write it there."""
+        spec = file.specs[name]
+        if self._peers.rank != file.writer:
+            for part in self._parts[name]:
+                if part.rank == self._peers.rank:
+                    self._peers.send(self._cast(part, spec, attempt), file.writer)
+            return
+        tensor = torch.empty(spec.shape, dtype=spec.dtype)
+        for part in self._parts[name]:
+            target = tensor[part.box.slices]
+            if part.rank == self._peers.rank:
+                target.copy_(self._cast(part, spec, attempt))
+            elif target.is_contiguous():
+                self._peers.receive(target, part.rank)
+            else:
+                arrived = torch.empty(part.box.shape, dtype=spec.dtype)
+                self._peers.receive(arrived, part.rank)
+                target.copy_(arrived)
+        with attempt.step():
+            if writer is not None and attempt.error is None:
+                writer.write(name, tensor)
+
+    def _cast(self, part: Placed, spec: TensorSpec, attempt: Attempt) -> torch.Tensor:
+        """The part in the export dtype on the CPU; anything of its size after an error, for somebody waits for it."""
+        with attempt.step():
+            # cast where the tensor lives: half the bytes cross from the device
+            cast = self._read(part).to(spec.dtype)
+            if spec.dtype == torch.float16 and not torch.isfinite(cast).all():
+                raise ValueError(
+                    f"{part.name}: values beyond ±65504 or not finite do not fit fp16; use checkpoint.export_dtype=bf16"
+                )
+            return cast.cpu().contiguous()
+        return torch.zeros(part.box.shape, dtype=spec.dtype)

@@ -1,0 +1,118 @@
+"""Fills the pieces of the state from a reader, and agrees on what to resume.
+
+Compares the whole table of names and shapes, on every rank, before it reads a tensor.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megalemur.checkpoint.directory import Newest, newest_checkpoint
+from megalemur.checkpoint.errors import CheckpointError, DamagedCheckpoint, NoGoodCheckpoint
+from megalemur.checkpoint.exchange import Attempt, Peers
+from megalemur.checkpoint.manifest import box_text
+from megalemur.checkpoint.placement import refuse_problems
+from megalemur.checkpoint.read import TensorReader
+from megalemur.checkpoint.tensor_file import DTYPES
+from megalemur.parallel.state import Piece
+
+
+def load_pieces(
+    reader: TensorReader,
+    pieces: Sequence[Piece],
+    *,
+    shapes: Mapping[str, tuple[int, ...]],
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Write the stored values into every piece's tensor, on whatever device it lives.
+
+    Moments are loaded when `pieces` has them and refused when the reader does not: nothing is dropped in silence.
+
+    Args:
+        reader: where from.
+        pieces: what this rank holds.
+        shapes: every tensor of the model, not of this rank only: all ranks compare the same whole table before reading.
+        group: CPU process group, so that an error on one rank is raised on all. A collective over it.
+
+    Raises:
+        CheckpointError: missing, extra, mis-shaped or mis-typed tensors, all listed with their files; or a failed read.
+    """
+    peers = Peers(group)
+    attempt = Attempt()
+    with attempt.step():
+        refuse_table(reader, shapes)
+        _refuse_pieces(reader, pieces, shapes)
+    peers.raise_together(attempt.error, f"loading {reader.path}")
+    attempt = Attempt()
+    with attempt.step(), torch.no_grad():
+        for piece in pieces:
+            piece.tensor.copy_(reader.read(piece.name, piece.kind, piece.box))
+    peers.raise_together(attempt.error, f"loading {reader.path}")
+
+
+def refuse_table(reader: TensorReader, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare what is offered with what the model wants; reads no tensor.
+
+    Raises:
+        CheckpointError: lists every difference.
+    """
+    try:
+        refuse_problems(f"{reader.path} does not fit the model", list(_differences(reader, shapes)))
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def _differences(reader: TensorReader, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    for name, shape in shapes.items():
+        listed = reader.tensors.get(name)
+        if listed is None:
+            yield f"{name} is missing"
+        elif listed.shape != tuple(shape):
+            yield f"{name} in {listed.file.name} has shape {list(listed.shape)}, the model wants {list(shape)}"
+        elif listed.dtype not in DTYPES:
+            yield f"{name} in {listed.file.name} has dtype {listed.dtype}; only {', '.join(DTYPES)} can be loaded"
+    for name, listed in reader.tensors.items():
+        if name not in shapes:
+            yield f"{name} in {listed.file.name} is no tensor of the model"
+
+
+def _refuse_pieces(reader: TensorReader, pieces: Sequence[Piece], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    absent = sorted({piece.kind for piece in pieces} - reader.kinds)
+    if absent:
+        raise CheckpointError(
+            f"{reader.path} holds {', '.join(sorted(reader.kinds))} and no {', '.join(absent)}; "
+            "with checkpoint.load=weights the moments start again"
+        )
+    for piece in pieces:
+        if tuple(shapes.get(piece.name, ())) != tuple(piece.shape) or tuple(piece.tensor.shape) != piece.box.shape:
+            raise CheckpointError(
+                f"{piece.name} ({piece.kind}) {box_text(piece.box)} of shape {list(piece.shape)}, held as "
+                f"{list(piece.tensor.shape)}: does not fit the model's shape {list(shapes.get(piece.name, ()))}"
+            )
+
+
+def agree_on_newest(root: Path, group: dist.ProcessGroup | None) -> Newest:
+    """`newest_checkpoint`, looked up by rank 0 alone: ranks that looked for themselves could see different ones.
+
+    Raises:
+        NoGoodCheckpoint: on every rank alike.
+        CheckpointError: rank 0 cannot look.
+    """
+    peers = Peers(group)
+    attempt = Attempt()
+    found, hopeless = Newest(None, ()), False
+    if peers.rank == 0:
+        with attempt.step():
+            try:
+                found = newest_checkpoint(root)
+            except NoGoodCheckpoint as error:
+                found, hopeless = Newest(None, error.damaged), True
+    peers.raise_together(attempt.error, f"looking for checkpoints in {root}")
+    damaged = [[str(item.path), item.reason] for item in found.passed_over]
+    name, damaged, hopeless = peers.all_gather([found.path and found.path.name, damaged, hopeless])[0]
+    passed_over = tuple(DamagedCheckpoint(Path(path), reason) for path, reason in damaged)
+    if hopeless:
+        raise NoGoodCheckpoint(root, passed_over)
+    return Newest(root / name if name else None, passed_over)

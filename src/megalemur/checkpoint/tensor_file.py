@@ -1,0 +1,108 @@
+"""Writes one safetensors file as a stream: the header first, then tensor after tensor, digested on the way to the disk.
+
+safetensors' own writer wants every tensor of the file in memory at once and gives no digest; a 10 GB file made of
+gathered tensors must cost one tensor. The format: a length (8 bytes, little-endian), a JSON header, the tensors' bytes.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+import torch
+import xxhash
+
+from megalemur.checkpoint.manifest import FileEntry
+
+# Large tensors pass through; norms and the like are collected into writes that parallel file systems like.
+_BUFFER_BYTES = 8 << 20
+
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+class TensorSpec(NamedTuple):
+    """Shape and dtype of a tensor that will be written."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Size on disk."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class TensorFileWriter:
+    """A safetensors file in the making: create it with all specs, `write` every tensor in their order, `close`.
+
+    As a context manager it closes the file; a file that was not written to its end has no entry and must not be used.
+    """
+
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec]):
+        self._waiting = dict(specs)
+        self._digest = xxhash.xxh3_128()
+        self._size = 0
+        self._file = path.open("xb", buffering=_BUFFER_BYTES)
+        self._put(_header(specs))
+
+    def __enter__(self) -> "TensorFileWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Append the next tensor: on CPU, contiguous, as its spec says."""
+        expected = next(iter(self._waiting))
+        assert name == expected, f"{name} written where the header has {expected}"
+        spec = self._waiting.pop(name)
+        assert (tuple(tensor.shape), tensor.dtype) == spec and tensor.is_contiguous()
+        self._put(tensor.view(-1).view(torch.uint8).numpy().data)
+
+    def finish(self) -> FileEntry:
+        """Bring the file to the disk; its size and digest."""
+        assert not self._waiting, f"{len(self._waiting)} tensors were announced and not written"
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return FileEntry(self._size, self._digest.hexdigest())
+
+    def _put(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+        self._size += len(data)
+
+
+def file_order(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """The order inside a file: wide dtypes first, so that every tensor starts at a multiple of its element size."""
+    return dict(sorted(specs.items(), key=lambda item: -item[1].dtype.itemsize))
+
+
+def write_bytes(path: Path, data: bytes) -> FileEntry:
+    """Write a small file and bring it to the disk."""
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileEntry(len(data), xxhash.xxh3_128_hexdigest(data))
+
+
+def _header(specs: Mapping[str, TensorSpec]) -> bytes:
+    # transformers refuses a file without this metadata
+    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, spec in specs.items():
+        end = position + spec.bytes
+        table[name] = {
+            "dtype": DTYPE_NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
