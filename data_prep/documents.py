@@ -6,12 +6,15 @@ Refuses what is not UTF-8, not JSON, or lacks its text, naming file and line.
 import glob
 import gzip
 import io
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 import orjson
+
+from data_prep.zstd_stream import ZstdStream
 
 _COMPRESSED = (".gz", ".zst")
 
@@ -53,12 +56,7 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
             with gzip.GzipFile(fileobj=raw) as stream:
                 yield io.BufferedReader(stream)
         elif path.suffix == ".zst":
-            try:
-                import zstandard
-            except ImportError:
-                raise ValueError(f"{path}: reading .zst needs a package; pip install zstandard") from None
-            with zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as stream:
-                yield io.BufferedReader(stream)
+            yield io.BufferedReader(ZstdStream(raw))
         else:
             yield raw
 
@@ -106,5 +104,5 @@ def read_documents(files: Iterable[Path], text_key: str) -> Iterator[str]:
                 for number, line in enumerate(stream, 1):
                     if line.strip():
                         yield _text_of(line, text_key, f"{path}:{number}")
-        except (EOFError, gzip.BadGzipFile) as error:
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{path}: cannot be decompressed ({error}); copy it again, or leave it out") from None

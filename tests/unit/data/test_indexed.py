@@ -1,6 +1,7 @@
 """Files of ours and of megatron-core read alike; damage is refused with the file's name."""
 
 import struct
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ def flip(path: Path, at: int, value: bytes) -> None:
 def test_tokens_and_borders_come_back_as_one_stream(tmp_path):
     file = IndexedFile(write(tmp_path / "a"))
     assert file.num_documents == 4 and file.num_tokens == 19 and file.dtype == np.uint16
-    assert file.tokens(0, 19).tolist() == sum(DOCUMENTS, [])
+    assert file.tokens(0, 19).tolist() == [token for document in DOCUMENTS for token in document]
     assert file.tokens(3, 6).tolist() == [2, 2, 9]
     assert file.document_starts(0, 19).tolist() == [0, 4, 5, 16]
     assert file.document_starts(4, 16).tolist() == [4, 5]
@@ -151,10 +152,8 @@ def test_any_flipped_bit_of_the_index_is_refused_or_changes_the_digest(tmp_path_
     raw = bytearray(path.read_bytes())
     raw[bit // 8] ^= 1 << bit % 8
     path.write_bytes(raw)
-    try:
+    with suppress(DataError):
         assert IndexedFile(prefix).digest != digest
-    except DataError:
-        pass
 
 
 @pytest.mark.parametrize("ending", ["bin", "idx"])
@@ -236,5 +235,5 @@ def test_a_data_set_without_manifest_has_none_and_a_damaged_one_is_refused(tmp_p
     prefix = write(tmp_path / "a")
     assert read_manifest(prefix) is None
     (tmp_path / "a.manifest.json").write_text('{"format": 2}')
-    with pytest.raises(DamagedDataError, match="a.manifest.json"):
+    with pytest.raises(DamagedDataError, match=r"a\.manifest\.json"):
         read_manifest(prefix)
