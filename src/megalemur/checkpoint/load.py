@@ -58,10 +58,7 @@ def refuse_table(reader: TensorReader, shapes: Mapping[str, tuple[int, ...]]) ->
     Raises:
         CheckpointError: lists every difference.
     """
-    try:
-        refuse_problems(f"{reader.path} does not fit the model", list(_differences(reader, shapes)))
-    except ValueError as error:
-        raise CheckpointError(str(error)) from None
+    refuse_problems(f"{reader.path} does not fit the model", list(_differences(reader, shapes)))
 
 
 def _differences(reader: TensorReader, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from megalemur.checkpoint.cover import disjoint, gap
+from megalemur.checkpoint.errors import CheckpointError
 from megalemur.checkpoint.manifest import box_text
 from megalemur.parallel.boxes import Box
 
@@ -48,7 +49,7 @@ def place(claims: Sequence[Sequence[Claim]], shapes: Mapping[str, tuple[int, ...
         shapes: every tensor of the model.
 
     Raises:
-        ValueError: masters, or a kind of moment that any rank holds, do not cover every tensor; lists the gaps.
+        CheckpointError: masters, or a kind of moment that any rank holds, do not cover every tensor; lists the gaps.
     """
     holders: dict[tuple[str, str], dict[Box, list[int]]] = {}
     for rank, held in enumerate(claims):
@@ -88,9 +89,9 @@ def _uncovered(
 
 
 def refuse_problems(what: str, problems: Sequence[str]) -> None:
-    """Raise ValueError with all problems, or the first MAX_LISTED and how many more; nothing when there are none."""
+    """Raise CheckpointError with all problems, or the first MAX_LISTED and how many more; nothing without any."""
     if not problems:
         return
     more = f"\n  … and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
     listing = "".join(f"\n  - {problem}" for problem in problems[:MAX_LISTED])
-    raise ValueError(f"{what}:{listing}{more}")
+    raise CheckpointError(f"{what}:{listing}{more}")

@@ -134,10 +134,7 @@ def _agree(peers: Peers, contents: Contents, max_file_bytes: int) -> list[Placed
         if odd:
             raise CheckpointError(f"saving the checkpoint: ranks {odd} have other {part} than rank 0")
     held = [[Claim(names[i], KINDS[k], box_of_text(box)) for i, k, box in other["claims"]] for other in said]
-    try:
-        return place(held, contents.shapes)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
+    return place(held, contents.shapes)
 
 
 def _problems(contents: Contents) -> Iterator[str]:
