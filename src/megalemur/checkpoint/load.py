@@ -80,7 +80,7 @@ def _refuse_pieces(reader: TensorReader, pieces: Sequence[Piece], shapes: Mappin
     if absent:
         raise CheckpointError(
             f"{reader.path} holds {', '.join(sorted(reader.kinds))} and no {', '.join(absent)}; "
-            "with checkpoint.load=weights the moments start again"
+            "name it as checkpoint.start_from of a new run to take its weights alone"
         )
     for piece in pieces:
         if tuple(shapes.get(piece.name, ())) != tuple(piece.shape) or tuple(piece.tensor.shape) != piece.box.shape:

@@ -14,10 +14,8 @@ class CheckpointConfig(Section):
     directory: Path
     """Holds step_NNNNNN directories. A run resumes from the newest one that verifies."""
     start_from: Path | None = None
-    """Hugging Face Llama directory to start from when `directory` holds no checkpoint. Unset: from scratch."""
-    load: Literal["all", "weights"] = "all"
-    """When resuming. all: weights, masters, moments, schedule and data position. weights: a new run from the
-    newest checkpoint's fp32 masters; step, data position and moments start again."""
+    """Hugging Face Llama directory to start from when `directory` holds no checkpoint; every checkpoint of ours is one,
+    and then its fp32 masters are taken. Unset: from scratch."""
     save_every: NonNegativeInt = 0
     """Steps between checkpoints; 0: only at the end."""
     keep: NonNegativeInt = 0

@@ -26,6 +26,8 @@ class RunSettings(Section):
     """Deterministic kernels in torch, cuBLAS and NCCL; slower on GPUs. CPU runs are deterministic anyway."""
     stop_at: PositiveInt | None = None
     """Stop after this step and save; the schedule still counts to `steps`. Unset: run to the end."""
+    max_skipped_steps: PositiveInt = 10
+    """Steps in a row without a finite loss and gradient norm after which the run stops; each is skipped."""
     collective_timeout: PositiveFloat = 600.0
     """Seconds after which a collective that does not finish ends the process."""
     collect_garbage_every: PositiveInt = 100

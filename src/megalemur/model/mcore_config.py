@@ -6,9 +6,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megalemur.config.model import ModelConfig
 from megalemur.config.parallel import ParallelConfig
 from megalemur.config.precision import PrecisionConfig
-from megalemur.parallel.device import batched_p2p, has_gpu
+from megalemur.parallel.device import batched_p2p
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def _leave(weight: torch.Tensor) -> torch.Tensor:
+    return weight
 
 
 def _architecture(model: ModelConfig) -> dict[str, object]:
@@ -70,8 +74,13 @@ def mcore_config(model: ModelConfig, parallel: ParallelConfig, precision: Precis
         pipeline_dtype=dtype,
         bf16=precision.dtype == "bf16",
         fp8=precision.fp8,
-        use_cpu_initialization=not has_gpu(),
-        perform_initialization=False,  # weights come from a checkpoint or from model/initial.py, alike in every layout
+        # Weights come from a checkpoint or from model/initial.py, alike in every layout, so nothing is drawn here. But
+        # without perform_initialization megatron-core leaves out the marks that say which parameters are split, and the
+        # gradient norm then counts rank 0's part only, in silence.
+        perform_initialization=True,
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
         calculate_per_token_loss=True,  # sum over tokens / number of tokens: a mean of means is wrong with masks
         # fused kernels below need compiled extras of Apex or Transformer Engine
         gradient_accumulation_fusion=False,

@@ -1,0 +1,137 @@
+"""Builds a run from its config, part by part; introduces model, data, optim and checkpoint to each other."""
+
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from megalemur.config.run import RunConfig
+from megalemur.data.batches import Portion
+from megalemur.data.feed import Data, build_data
+from megalemur.data.history import History
+from megalemur.model.backend import resolve_backend
+from megalemur.model.llama import Llama, build_chunks, model_segments
+from megalemur.optim.gradients import wrap_chunks
+from megalemur.optim.optimizer import Optimizer
+from megalemur.parallel.groups import Place
+from megalemur.parallel.seeds import seed_step
+from megalemur.parallel.state import Piece, Segment, pieces_of
+from megalemur.train.forward import ForwardStep
+from megalemur.train.guard import FiniteGuard
+from megalemur.train.origin import Origin, fill_pieces, find_origin, refuse_changes
+from megalemur.train.state import RunState
+from megalemur.train.step import Engine, Shape
+
+
+@dataclass
+class Run:
+    """Everything that the loop works with."""
+
+    config: RunConfig
+    place: Place
+    engine: Engine
+    data: Data
+    state: RunState
+    origin: Origin
+    segments: dict[torch.nn.Parameter, list[Segment]]
+    record: dict[str, Any]
+    """Facts about this run, as its checkpoints carry them."""
+
+    @property
+    def portion(self) -> Portion:
+        """This replica's part of a global batch."""
+        data, parallel = self.config.data, self.config.parallel
+        return Portion(self.place.dp_rank, parallel.data, data.micro_batch_size, data.global_batch_size)
+
+    def pieces(self) -> list[Piece]:
+        """The training state on this rank, in Hugging Face coordinates; writing to the tensors changes it."""
+        return pieces_of(self.engine.optimizer.owned(), self.segments)
+
+
+def build_run(config: RunConfig, place: Place) -> Run:
+    """Build everything, load the weights, and leave the run ready for its next step.
+
+    Raises:
+        ValueError, DataError, CheckpointError: what the run file names does not fit, on every rank alike.
+    """
+    backend = resolve_backend(config.model)
+    origin = find_origin(config, place.cpu_group)
+    state, history = _position(origin)
+    data = build_run_data(config, state, history)
+    seed_step(config.run.seed, state.step, place.pp_rank, place.dp_rank)
+    chunks = build_chunks(config.model, config.parallel, config.precision)
+    segments = model_segments(chunks, config.model)
+    wrapped = wrap_chunks(chunks, config.parallel, config.precision)
+    optimizer = Optimizer(wrapped, config.optim, config.parallel, config.precision)
+    record = build_record(config, backend, optimizer)
+    if origin.resumed:
+        refuse_changes(config, origin.record, record)
+    engine = Engine(
+        chunks=wrapped,
+        optimizer=optimizer,
+        forward=build_forward(config, place, backend),
+        guard=FiniteGuard(config.run.max_skipped_steps),
+        shape=build_shape(config),
+        place=place,
+    )
+    run = Run(config, place, engine, data, state, origin, segments, record)
+    fill_pieces(origin, config, run.pieces(), place.cpu_group)
+    optimizer.publish(state.updates)
+    return run
+
+
+def _position(origin: Origin) -> tuple[RunState, History | None]:
+    """Counters and data history of the checkpoint that is resumed; zero and none at a start."""
+    saved = origin.state
+    if saved is None:
+        return RunState(), None
+    return RunState.from_json(saved["run"]), History.from_json(saved["data"], origin="trainer/state.json")
+
+
+def build_run_data(config: RunConfig, state: RunState, history: History | None) -> Data:
+    """Training and validation sources, opened and checked."""
+    remaining = max(0, config.run.steps - state.step)
+    return build_data(
+        config.data,
+        seed=config.run.seed,
+        vocab_size=config.model.vocab_size,
+        total_samples=state.samples + remaining * config.data.global_batch_size,
+        history=history,
+        drawn=state.samples,
+    )
+
+
+def build_forward(config: RunConfig, place: Place, backend: str) -> ForwardStep:
+    """The forward step of this run's micro-batches."""
+    own_attention = backend == "torch"  # walks over the borders on the host
+    borders_device = torch.device("cpu") if own_attention else place.device
+    return ForwardStep(place.device, packed=config.data.document_mask == "intra", borders_device=borders_device)
+
+
+def build_shape(config: RunConfig) -> Shape:
+    """Rows of a micro-batch in flight; packed ones travel as one long sequence."""
+    data = config.data
+    if data.document_mask == "intra":
+        return Shape(data.micro_batch_size * data.sequence_length, 1)
+    return Shape(data.sequence_length, data.micro_batch_size)
+
+
+def build_record(config: RunConfig, backend: str, optimizer: Optimizer) -> dict[str, Any]:
+    """What a checkpoint says about the run that wrote it."""
+    names = ["megalemur", "torch", "megatron-core"] + (["transformer-engine"] if backend != "torch" else [])
+    return {
+        "layout": config.parallel.model_dump(mode="json"),
+        "backend": backend,
+        "optimizer": optimizer.class_name,
+        "precision": config.precision.dtype,
+        "device": "cpu" if not torch.cuda.is_available() else torch.cuda.get_device_name(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in names},
+    }
+
+
+def model_of(run: Run) -> list[Llama]:
+    """The bare chunks, without DDP around them."""
+    return [chunk.module for chunk in run.engine.chunks]
