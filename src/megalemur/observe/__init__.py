@@ -1,0 +1,1 @@
+"""What the run says: meters, throughput, sinks, reports."""

@@ -1,0 +1,47 @@
+"""What the loop tells those who watch it, and the three moments at which it does."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step, as every rank knows it."""
+
+    step: int
+    """Steps taken, this one included."""
+    loss: float
+    """Mean cross entropy a token over all replicas (nats)."""
+    grad_norm: float
+    """Global gradient norm before clipping."""
+    learning_rate: float
+    """Rate of this step."""
+    tokens: int
+    """Tokens that went through the model in this step, over all replicas."""
+    samples: int
+    """Samples drawn since the beginning of the run."""
+    skipped: bool
+    """The update was not applied."""
+    data_seconds: float
+    """Time this rank waited for its batches."""
+    rank_seconds: Sequence[float]
+    """Seconds of this step on every rank; only this rank's own where the loop did not ask the others."""
+    ledger: Mapping[str, int] = field(default_factory=dict)
+    """Samples drawn from each source since the beginning; empty on steps that are not logged."""
+    validation: Mapping[str, float] = field(default_factory=dict)
+    """Validation loss by source, on steps that validate."""
+
+
+class Observer(Protocol):
+    """Watches a run; never changes it. Called on every rank."""
+
+    def after_step(self, report: StepReport) -> None:
+        """A step is done."""
+
+    def at_save(self, step: int, path: Path, seconds: float) -> None:
+        """A checkpoint was committed; `seconds` is how long training stood still."""
+
+    def at_end(self) -> None:
+        """The run ends, with or without an error."""
