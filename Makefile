@@ -1,0 +1,46 @@
+# Everything that is run from a checkout. `make help` lists it.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check --quiet
+STAMP := $(VENV)/.installed
+TRANSFORMERS4 := $(VENV)/transformers4
+
+.PHONY: help setup quickstart test test-gpu check bench-train bench-gpu clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+
+setup: $(STAMP)  ## create .venv and install the project with its development extras
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install torch -c constraints.txt
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	rm -rf $(TRANSFORMERS4)
+	$(PIP) install --no-deps --target $(TRANSFORMERS4) transformers==4.57.1 huggingface-hub==0.36.0 tokenizers==0.22.1
+	touch $@
+
+quickstart: setup  ## raw text to a trained model on this machine, each stage proven
+	$(BIN)/megalemur quickstart
+
+test: setup  ## the test suite
+	$(BIN)/python -m pytest tests --ignore=tests/gpu -n 2 --dist loadfile
+
+test-gpu: setup  ## the checks that need a GPU; they say why they skip without one
+	$(BIN)/python -m pytest tests/gpu
+
+check: setup  ## linters, types, architecture
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench-train: setup  ## a training step beside a bare megatron-core loop and transformers
+	$(BIN)/python benchmarks/train_step.py
+
+bench-gpu: setup  ## the same on a GPU, at the width of Llama-2-70B
+	$(BIN)/python benchmarks/train_step.py --width 70b
+
+clean:  ## remove what runs left behind, not the environment
+	rm -rf out .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
