@@ -13,6 +13,8 @@ import megatron.core.tensor_parallel.random as mcore_random
 import torch
 from torch.overrides import TorchFunctionMode
 
+from megalemur.config.parallel import ParallelConfig
+
 Rewrite = Callable[[Any, tuple[Any, ...], dict[str, Any]], tuple[Any, tuple[Any, ...], dict[str, Any]]]
 
 
@@ -138,12 +140,14 @@ def batched_p2p(pipeline: int, chunks: int) -> bool:
     return not (pipeline == 2 and chunks > 1)
 
 
-def describe() -> dict[str, str]:
-    """What CPU and cluster do differently, as resolved here."""
+def describe(parallel: ParallelConfig) -> dict[str, str]:
+    """What CPU and cluster do differently, as resolved here for this layout."""
     gpu = has_gpu()
+    batched = batched_p2p(parallel.pipeline, parallel.chunks) and not parallel.overlap_p2p
     return {
         "device": torch.cuda.get_device_name() if gpu else "cpu",
         "collectives": collective_backend(),
-        "redirects": "none" if gpu else ", ".join(redirect.name for redirect in REDIRECTS),
-        "pipeline messages": "batched, but one by one with pipeline=2 and chunks > 1",
+        "redirects of megatron-core": "none" if gpu else ", ".join(redirect.name for redirect in REDIRECTS),
+        "pipeline messages": "none" if parallel.pipeline == 1 else "batched" if batched else "one by one",
+        "attention kernel": "scaled_dot_product_attention, " + ("CUDA" if gpu else "CPU"),
     }

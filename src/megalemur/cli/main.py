@@ -1,0 +1,108 @@
+"""The `megalemur` command. Imports what a subcommand needs only when it runs: --help must not wait for torch."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megalemur.cli.failures import reported
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+RunFile = Annotated[Path, typer.Argument(help="run file (YAML)", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value …", show_default=False)]
+
+
+@app.callback()
+def megalemur() -> None:
+    """3D-parallel training of Llama-class models, with proof before and after every step."""
+
+
+@app.command()
+@reported
+def train(run_file: RunFile, overrides: Overrides = None) -> None:
+    """Train as the run file says; resumes from its newest checkpoint. One process a GPU: see launch/."""
+    from megalemur.config.load import load_run
+
+    config = load_run(run_file, overrides or ())
+    from megalemur.train.run import train as train_run
+
+    train_run(config)
+
+
+@app.command("show-config")
+@reported
+def show_config(run_file: RunFile, overrides: Overrides = None) -> None:
+    """Print the resolved run file, what follows from it, and what this machine does differently from a cluster."""
+    from rich.console import Console
+
+    from megalemur.config.load import dump_run, load_run
+    from megalemur.observe.report import banner, table
+
+    config = load_run(run_file, overrides or ())
+    typer.echo(dump_run(config))
+    from megalemur.parallel.device import describe
+
+    console = Console()
+    console.print(banner(config))
+    console.print(table("On this machine", list(describe(config.parallel).items())))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a run file, for editors."""
+    import orjson
+
+    from megalemur.config.load import run_schema
+
+    typer.echo(orjson.dumps(run_schema(), option=orjson.OPT_INDENT_2).decode())
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, what is missing and what that costs."""
+    from rich.console import Console
+
+    from megalemur.observe.doctor import examine, render
+
+    Console().print(render(examine()))
+
+
+@app.command()
+@reported
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(help="checkpoint or Hugging Face Llama directory", show_default=False)],
+    prompt: Annotated[str, typer.Option(help="text to continue")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="tokens to add at most")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="sample from the k likeliest tokens; 0: all")] = 0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="sample from the likeliest tokens of this mass")] = 1.0,
+    seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
+) -> None:
+    """Continue a prompt with a checkpoint's model, on the GPU where there is one."""
+    from megalemur.generate.run import generate_text
+    from megalemur.generate.sample import Sampling
+
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    typer.echo(generate_text(checkpoint, prompt, max_tokens=max_tokens, sampling=sampling, seed=seed))
+
+
+@app.command()
+@reported
+def quickstart(
+    directory: Annotated[Path, typer.Option(help="where everything goes")] = Path("out/quickstart"),
+) -> None:
+    """Raw text to a trained Llama on this machine: eight processes, two layouts, each stage proven."""
+    from megalemur.quickstart.walk import walk
+
+    walk(directory)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(app())
+
+
+if __name__ == "__main__":
+    main()

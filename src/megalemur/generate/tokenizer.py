@@ -1,0 +1,67 @@
+"""The tokenizer that lies in a checkpoint, behind two functions."""
+
+from pathlib import Path
+from typing import Protocol
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back."""
+
+    eos: int | None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a prompt, with the beginning-of-sequence id in front where the tokenizer has one."""
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids."""
+
+
+class SentencePieceTokenizer:
+    """tokenizer.model."""
+
+    def __init__(self, path: Path):
+        from sentencepiece import SentencePieceProcessor
+
+        self._model = SentencePieceProcessor(model_file=str(path))
+        eos, bos = self._model.eos_id(), self._model.bos_id()
+        self.eos = eos if eos >= 0 else None
+        self._start = [bos] if bos >= 0 else []
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a prompt."""
+        return self._start + self._model.encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids."""
+        return self._model.decode(ids)
+
+
+class HuggingFaceTokenizer:
+    """tokenizer.json."""
+
+    def __init__(self, path: Path):
+        from tokenizers import Tokenizer as Fast
+
+        self._model = Fast.from_file(str(path))
+        self.eos = next((i for i in map(self._model.token_to_id, ("</s>", "<|end_of_text|>")) if i is not None), None)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a prompt."""
+        return self._model.encode(text).ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids."""
+        return self._model.decode(ids)
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer in a checkpoint.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if (directory / "tokenizer.model").is_file():
+        return SentencePieceTokenizer(directory / "tokenizer.model")
+    if (directory / "tokenizer.json").is_file():
+        return HuggingFaceTokenizer(directory / "tokenizer.json")
+    raise ValueError(f"{directory} holds neither tokenizer.model nor tokenizer.json; copy the model's tokenizer there")
