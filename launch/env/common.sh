@@ -1,0 +1,29 @@
+# Environment of every launch, sourced by local.sh and train.sbatch. A value that is already set is kept.
+# How long a collective may take is no environment variable: it is in the run file.
+
+# CUDA: one hardware queue, so that kernels start in the order of their launch. Before Blackwell, tensor and sequence
+# parallelism rely on it: the collective must be queued ahead of the matrix product that it overlaps with.
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+
+# torch's allocator: segments that grow instead of new ones beside them. Pipeline stages allocate in many sizes, and
+# fragments of gigabytes are lost without it. (torch before 2.9 reads PYTORCH_CUDA_ALLOC_CONF.)
+if [[ -z ${PYTORCH_CUDA_ALLOC_CONF:-} ]]; then
+    export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+fi
+
+# NCCL: errors and warnings, each with host, process and GPU; INFO when a fabric is brought up.
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+
+# torch: a collective that fails or runs out of time ends its process (1: abort the communicator, then exit) instead of
+# leaving the training loop with a wrong result; and the last collectives of every rank are kept and written out, so that
+# the rank that was missing can be named.
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
+export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
+export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
+
+# Python: every thread's stack on a crash, and lines that reach the log of a rank before it dies.
+export PYTHONFAULTHANDLER=${PYTHONFAULTHANDLER:-1}
+export PYTHONUNBUFFERED=${PYTHONUNBUFFERED:-1}
+
+# Triton writes its compiled kernels under the home folder; on a shared file system all ranks would write at once.
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton-${USER:-$(id -u)}}
