@@ -14,10 +14,8 @@ fi
 # NCCL: errors and warnings, each with host, process and GPU; INFO when a fabric is brought up.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 
-# torch: a collective that fails or runs out of time ends its process (1: abort the communicator, then exit) instead of
-# leaving the training loop with a wrong result; and the last collectives of every rank are kept and written out, so that
-# the rank that was missing can be named.
-export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
+# torch: the last collectives of every rank are kept and written out when one runs out of time, so that the rank that
+# was missing can be named. That it then ends the process is torch's default.
 export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
 export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
 

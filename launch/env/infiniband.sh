@@ -4,9 +4,6 @@
 # reroutes takes longer than 4 s, and the job would die of one flapping link.
 export NCCL_IB_TIMEOUT=${NCCL_IB_TIMEOUT:-22}
 
-# Times that it is sent again before the connection is given up; the most that the protocol allows.
-export NCCL_IB_RETRY_CNT=${NCCL_IB_RETRY_CNT:-7}
-
 # To be set a cluster, where the guess is wrong:
 #   NCCL_IB_HCA=mlx5_0,mlx5_1,...   the adapters beside the GPUs, when others carry storage
 #   NCCL_SOCKET_IFNAME=eth0         the interface of the rendezvous, when the first one found does not reach all nodes

@@ -1,8 +1,7 @@
 # RDMA over Ethernet (RoCE v2) between the nodes. The fabric must be lossless; which traffic class is, the site knows.
 
-# As on InfiniBand: 4.096 us x 2^22 = 17 s before a packet is sent again, and the most retries.
+# As on InfiniBand: 4.096 us x 2^22 = 17 s before a packet is sent again.
 export NCCL_IB_TIMEOUT=${NCCL_IB_TIMEOUT:-22}
-export NCCL_IB_RETRY_CNT=${NCCL_IB_RETRY_CNT:-7}
 
 # To be set a cluster:
 #   NCCL_IB_HCA=mlx5_0,mlx5_1,...   the adapters beside the GPUs
