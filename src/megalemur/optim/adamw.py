@@ -52,8 +52,7 @@ def make_adamw(kind: str, groups: list[dict[str, Any]], **defaults: Any) -> torc
     optimizer_class = {"fused_adamw": FusedAdamW, "adamw": torch.optim.AdamW}[kind]
     optimizer = optimizer_class([torch.nn.Parameter(torch.zeros(1))], **defaults)
     for group in groups:
-        for key, value in optimizer.defaults.items():
-            group.setdefault(key, value)
+        group.update(optimizer.defaults)  # the groups carry the other optimizer's betas and eps
     optimizer.param_groups = groups
     optimizer.state.clear()
     return optimizer
