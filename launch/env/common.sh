@@ -14,11 +14,6 @@ fi
 # NCCL: errors and warnings, each with host, process and GPU; INFO when a fabric is brought up.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 
-# torch: the last collectives of every rank are kept and written out when one runs out of time, so that the rank that
-# was missing can be named. That it then ends the process is torch's default.
-export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
-export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
-
 # Python: every thread's stack on a crash, and lines that reach the log of a rank before it dies.
 export PYTHONFAULTHANDLER=${PYTHONFAULTHANDLER:-1}
 export PYTHONUNBUFFERED=${PYTHONUNBUFFERED:-1}

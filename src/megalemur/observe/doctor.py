@@ -19,6 +19,7 @@ from typing import Literal
 
 import psutil
 from rich.table import Table
+from rich.text import Text
 
 Status = Literal["ok", "absent", "incomplete", "unsupported"]
 
@@ -29,7 +30,7 @@ TORCH = (2, 10)
 MEGATRON_CORE = ((0, 16), (0, 20))
 """Oldest megatron-core, and the first that is too new."""
 SHARED_MEMORY_BYTES = 1 << 30
-"""Enough of /dev/shm: NCCL takes about 10 MB a pair of GPUs of one node; container defaults of 64 MB are not."""
+"""Enough of /dev/shm: what NCCL's guide asks for in containers, whose default is 64 MB."""
 
 _GUIDE = "docs/installation.md"
 
@@ -92,7 +93,9 @@ def _python() -> Finding:
     version = platform.python_version()
     if sys.version_info[:2] < PYTHON:
         wanted = ".".join(map(str, PYTHON))
-        return Finding("Python", "unsupported", version, f"{wanted} or newer", "nothing runs", f"install Python {wanted}")
+        return Finding(
+            "Python", "unsupported", version, f"{wanted} or newer", "nothing runs", f"install Python {wanted}"
+        )
     return Finding("Python", "ok", version)
 
 
@@ -118,7 +121,9 @@ def _megatron_core() -> Finding:
     error = _import_error("megatron.core")
     version = _version("megatron.core", "megatron-core", "megatron_core")
     if error:
-        return Finding("megatron-core", "incomplete", version, f"import megatron.core: {error}", "nothing runs", install)
+        return Finding(
+            "megatron-core", "incomplete", version, f"import megatron.core: {error}", "nothing runs", install
+        )
     if not MEGATRON_CORE[0] <= _numbers(version)[:2] < MEGATRON_CORE[1]:
         return Finding(
             "megatron-core",
@@ -148,7 +153,7 @@ def _transformer_engine() -> Finding:
 
 def _apex() -> Finding:
     """NVIDIA's Apex. The package index's `apex` is a web toolkit, and a Python-only build has none of the kernels."""
-    cost = "megatron-core takes norms of and scales gradients one tensor after another; same results"
+    cost = "megatron-core takes norms of and scales gradients one tensor after another; the same up to rounding"
     if not _is_there("apex"):
         return Finding("Apex", "absent", missing="the package", cost=cost, install=_GUIDE)
     error = _import_error("apex")
@@ -197,7 +202,9 @@ def _gpus() -> Finding:
 
     if torch.version.cuda is None:
         missing = "this torch was built for CPU"
-        return Finding("GPUs", "absent", missing=missing, cost=cost, install="a CUDA build of torch, where there is a GPU")
+        return Finding(
+            "GPUs", "absent", missing=missing, cost=cost, install="a CUDA build of torch, where there is a GPU"
+        )
     if not torch.cuda.is_available():
         missing = f"no device that CUDA {torch.version.cuda} can use"
         return Finding("GPUs", "absent", missing=missing, cost=cost, install="a GPU, its driver, and access to both")
@@ -266,7 +273,7 @@ def render(findings: list[Finding]) -> Table:
             for word, text in (("missing", finding.missing), ("cost", finding.cost), ("install", finding.install))
             if text
         ]
-        # add_row reads [...] as markup; error texts and pip extras hold brackets
-        texts = [text.replace("[", r"\[") for text in (finding.name, finding.version, "\n".join(notes))]
-        table.add_row(texts[0], f"[{colours[finding.status]}]{finding.status}[/]", texts[1], texts[2])
+        # Text: plain strings are read as markup, and error texts hold brackets
+        status = Text(finding.status, style=colours[finding.status])
+        table.add_row(Text(finding.name), status, Text(finding.version), Text("\n".join(notes)))
     return table
