@@ -22,9 +22,7 @@ def test_every_run_file_loads_and_is_named_after_its_run(path: Path):
     assert load_run(path).run.name == path.stem
 
 
-@pytest.mark.parametrize(
-    ("name", "processes"), [("quickstart", 8), ("llama2_7b_8gpu", 8), ("llama2_70b_pretrain", 64)]
-)
+@pytest.mark.parametrize(("name", "processes"), [("quickstart", 8), ("llama2_7b_8gpu", 8), ("llama2_70b_pretrain", 64)])
 def test_run_files_need_the_processes_they_say(name: str, processes: int):
     assert load_run(RUNS / f"{name}.yaml").parallel.world_size == processes
 
