@@ -1,0 +1,75 @@
+"""Chooses the observers of a run from its config."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import rich
+import torch
+
+from megalemur.config.run import RunConfig
+from megalemur.observe.garbage import AlignedGarbageCollection
+from megalemur.observe.memory import MemorySnapshot, cuda_memory
+from megalemur.observe.meter import Meter, Work
+from megalemur.observe.metrics import Metrics
+from megalemur.observe.observer import Observer
+from megalemur.observe.profiler import StepProfiler
+from megalemur.observe.sinks import Guarded, JsonLines, Sink, TensorBoard
+from megalemur.observe.terminal import Terminal
+from megalemur.observe.throughput import flops_per_token, known_peak_teraflops
+
+
+def build_observers(
+    config: RunConfig, *, rank: int, label: str, first_step: int, epoch_samples: Mapping[str, int] | None = None
+) -> list[Observer]:
+    """The observers of this rank, in the order in which they are to be called. Rank 0 prints the banner here.
+
+    Args:
+        config: the run.
+        rank: global.
+        label: coordinates of this process, as `tp1 pp0 dp3`; part of file names.
+        first_step: steps taken already; above 0 the run is a resumed one.
+        epoch_samples: samples in one epoch of each source, to report epochs.
+    """
+    log = config.log
+    file_name = f"rank-{rank:05d}-{label.replace(' ', '-')}"
+    observers: list[Observer] = [AlignedGarbageCollection(config.run.collect_garbage_every)]
+    if log.profiler is not None and rank in log.profiler.ranks:
+        trace = log.directory / "profile" / f"step-{log.profiler.start_step:06d}-{file_name}.json"
+        observers.append(StepProfiler(log.profiler, path=trace, first_step=first_step))
+    if log.memory_snapshot and torch.cuda.is_available():
+        observers.append(MemorySnapshot(log.directory / "memory" / f"{file_name}.pickle"))
+    if rank == 0:
+        meter = Meter(build_work(config, epoch_samples or {}), rank=rank, device_facts=cuda_memory)
+        sinks = build_sinks(config, first_step=first_step)
+        observers.append(Metrics(meter, sinks, every=log.every, last_step=config.last_step))
+    return observers
+
+
+def build_work(config: RunConfig, epoch_samples: Mapping[str, int]) -> Work:
+    """What the meter has to know of the run."""
+    return Work(
+        devices=config.parallel.world_size,
+        sequence_length=config.data.sequence_length,
+        last_step=config.last_step,
+        flops=flops_per_token(config.model, config.data.sequence_length),
+        peak_teraflops=config.log.peak_teraflops or _peak_of_this_device(),
+        epoch_samples=epoch_samples,
+    )
+
+
+def _peak_of_this_device() -> float | None:
+    return known_peak_teraflops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+
+
+def build_sinks(config: RunConfig, *, first_step: int) -> list[Sink]:
+    """Terminal, JSON lines, and TensorBoard where wanted; none of them can stop the run."""
+    directory: Path = config.log.directory
+    resumed_from = first_step or None
+    sinks: list[Sink] = [
+        Guarded("terminal", lambda: Terminal(rich.get_console(), config)),
+        Guarded("metrics.jsonl", lambda: JsonLines(directory / "metrics.jsonl", resumed_from=resumed_from)),
+    ]
+    if config.log.tensorboard:
+        events = directory / "tensorboard"
+        sinks.append(Guarded("TensorBoard", lambda: TensorBoard(events, resumed_from=resumed_from)))
+    return sinks
