@@ -30,6 +30,12 @@ def _is_ours(error: Exception) -> bool:
     return frame is not None and frame.tb_frame.f_globals.get("__name__", "").split(".")[0] == "megalemur"
 
 
+def text_for(rank: int, error: Exception) -> str:
+    """The whole message on rank 0, its first line on the others."""
+    text = str(error) or type(error).__name__
+    return text if rank == 0 else f"rank {rank}: {text.splitlines()[0]}"
+
+
 def reported(command: Callable[..., None]) -> Callable[..., None]:
     """Print such an error and exit with its code. All ranks raise it: rank 0 prints it whole, the others one line."""
 
@@ -42,8 +48,7 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
             if code is None:
                 raise
             rank = int(os.environ.get("RANK", "0"))
-            text = str(error) if rank == 0 else f"rank {rank}: {str(error).splitlines()[0]}"
-            print(f"megalemur: {text}", file=sys.stderr)  # noqa: T201
+            print(f"megalemur: {text_for(rank, error)}", file=sys.stderr)  # noqa: T201
             sys.exit(code)
 
     return wrapper

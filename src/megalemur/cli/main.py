@@ -1,6 +1,7 @@
 """The `megalemur` command. Imports what a subcommand needs only when it runs: --help must not wait for torch."""
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -101,6 +102,8 @@ def quickstart(
 
 def main() -> None:
     """Entry point of the console script."""
+    # megatron-core says so at each import, on every rank; `megalemur doctor` says it once, with its cost
+    warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed", category=UserWarning)
     sys.exit(app())
 
 

@@ -34,6 +34,6 @@ def _keep_mass(logits: torch.Tensor, mass: float) -> torch.Tensor:
     ordered, positions = logits.sort(dim=-1, descending=True)
     probabilities = ordered.softmax(dim=-1)
     # the token that crosses the mass stays, so that one always remains
-    beyond = probabilities.cumsum(dim=-1) - probabilities > mass
+    beyond = probabilities.cumsum(dim=-1) - probabilities >= mass
     beyond[:, 0] = False
     return torch.empty_like(logits).scatter(-1, positions, ordered.masked_fill(beyond, float("-inf")))

@@ -1,0 +1,69 @@
+import json
+import math
+
+import pytest
+
+from megalemur.checkpoint.directory import open_manifest
+from megalemur.cli import exit_codes
+from megalemur.cli.failures import code_of, reported, text_for
+from megalemur.config.load import parse_run
+from megalemur.data.indexed import IndexedFile
+from megalemur.train.guard import FiniteGuard
+
+BAD_RUN = "run: {name: x, steps: 1, stps: 2}\nmodel: {preset: tiny}"
+
+
+def caught(call, *args):
+    with pytest.raises(Exception) as info:
+        call(*args)
+    return info.value
+
+
+@pytest.mark.parametrize(
+    ("call", "code"),
+    [
+        (lambda directory: parse_run(BAD_RUN), exit_codes.BAD_CONFIG),
+        (lambda directory: IndexedFile(directory / "absent"), exit_codes.BAD_DATA),
+        (lambda directory: open_manifest(directory), exit_codes.NO_GOOD_CHECKPOINT),
+        (lambda directory: FiniteGuard(1).judge(math.nan, 1.0), exit_codes.NUMERICAL_STOP),
+    ],
+    ids=["config", "data", "checkpoint", "numbers"],
+)
+def test_each_room_s_error_has_its_code(call, code, tmp_path):
+    assert code_of(caught(call, tmp_path)) == code
+
+
+@pytest.mark.parametrize("call", [lambda: json.loads("{"), lambda: {}["key"]], ids=["library", "mistake"])
+def test_a_mistake_of_ours_has_no_code(call):
+    assert code_of(caught(call)) is None
+
+
+def test_a_mistake_of_ours_keeps_its_traceback():
+    with pytest.raises(json.JSONDecodeError):
+        reported(lambda: json.loads("{"))()
+
+
+def said(capsys):
+    with pytest.raises(SystemExit) as info:
+        reported(lambda: parse_run(BAD_RUN))()
+    return info.value.code, capsys.readouterr().err
+
+
+def test_rank_zero_prints_every_problem(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    code, text = said(capsys)
+    assert code == exit_codes.BAD_CONFIG
+    assert "run.stps: no such setting; did you mean run.steps?" in text
+    assert "optim.learning_rate: not given" in text
+
+
+def test_other_ranks_print_one_line(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    code, text = said(capsys)
+    assert code == exit_codes.BAD_CONFIG
+    assert text.count("\n") == 1
+    assert text.startswith("megalemur: rank 3: ")
+
+
+def test_an_error_without_words_is_named():
+    assert text_for(1, ValueError()) == "rank 1: ValueError"
