@@ -6,6 +6,7 @@ A cold start of eight processes takes ten seconds and more on two cores, a fork 
 import faulthandler
 import multiprocessing
 import os
+import pickle
 import socket
 import sys
 import tempfile
@@ -44,7 +45,8 @@ def _rank(channel: Connection, environment: dict[str, str], stacks: str, limit: 
         except BaseException:
             message = ("error", traceback.format_exc())
         faulthandler.cancel_dump_traceback_later()
-    channel.send(message)
+    # by value: torch's own sharing of tensors through files would outlive this process
+    channel.send_bytes(pickle.dumps(message))
     channel.close()
     sys.stdout.flush()
     os._exit(0)  # no destructor of a half-built group may hang the test
@@ -103,7 +105,7 @@ def _collect(channels: list[Connection], timeout: float) -> dict[int, tuple[str,
         ready = wait(list(open_channels.values()), left)
         for rank in [r for r, channel in open_channels.items() if channel in ready]:
             try:
-                messages[rank] = open_channels.pop(rank).recv()
+                messages[rank] = pickle.loads(open_channels.pop(rank).recv_bytes())
             except EOFError:
                 messages[rank] = ("died", "ended without a word")
             if messages[rank][0] != "ok":

@@ -52,4 +52,5 @@ def zero_gradients(wrapped: Sequence[DistributedDataParallel]) -> None:
 def gather_parameters(wrapped: Sequence[DistributedDataParallel]) -> None:
     """Wait until every rank's parameters are whole, also those whose gathering was left to the next forward pass."""
     for chunk in wrapped:
-        chunk.start_param_sync(force_sync=True)
+        if chunk.ddp_config.use_distributed_optimizer:
+            chunk.start_param_sync(force_sync=True)
