@@ -6,6 +6,7 @@ from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
 
 from megalemur.config.run import RunConfig
 from megalemur.observe.meter import Record
@@ -81,6 +82,8 @@ class Terminal:
 
 
 def _bar(console: Console) -> Progress:
-    columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=None), TextColumn("{task.description}"))
+    # on a narrow terminal the text wraps; the count and the bar keep their room
+    text = TextColumn("{task.description}", table_column=Column(ratio=1))
+    columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=20), text)
     # refreshed by the records alone: no thread that draws while the step computes
     return Progress(*columns, console=console, auto_refresh=False, expand=True)

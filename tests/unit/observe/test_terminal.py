@@ -21,9 +21,9 @@ def record(step, **values):
     return {"step": step, **usual, **values}
 
 
-def screen(directory, *records, terminal):
+def screen(directory, *records, terminal, width=160):
     out = io.StringIO()
-    sink = Terminal(Console(file=out, force_terminal=terminal, width=160), run_config(directory))
+    sink = Terminal(Console(file=out, force_terminal=terminal, width=width), run_config(directory))
     for one in records:
         sink.write(one)
     sink.close()
@@ -42,6 +42,13 @@ def test_on_a_terminal_there_is_a_bar(tmp_path):
     text = screen(tmp_path, record(1), record(2, **{"validation/code": 3.25}), terminal=True)
     assert "2/10" in text and "━" in text and "12,346 tokens/s" in text
     assert "validation/code 3.2500" in text
+
+
+def test_a_narrow_terminal_loses_nothing(tmp_path):
+    last_words = record(2, mfu_causal_attention=0.4321, skipped=True)
+    text = screen(tmp_path, last_words, terminal=True, width=80)
+    assert all(part in text for part in ("2/10", "━", "12,346", "tokens/s", "43.2%", "0:01:02", "SKIPPED"))
+    assert "…" not in text.split("2/10", 1)[1]
 
 
 def test_begins_with_the_banner_and_ends_with_the_last_record(tmp_path):
