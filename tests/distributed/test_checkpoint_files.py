@@ -1,10 +1,6 @@
 """Checkpoints over four gloo ranks: any splitting to any other, each byte once, and one rank's error is everybody's."""
 
-import os
 import resource
-import socket
-import time
-import traceback
 from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
@@ -21,42 +17,15 @@ from megalemur.checkpoint.load import agree_on_newest, load_pieces
 from megalemur.checkpoint.read import CheckpointReader, HuggingFaceReader
 from megalemur.checkpoint.save import Contents, save_checkpoint
 from megalemur.parallel.state import MASTER, Box, Piece, whole
+from tests.support.ranks import run_ranks
 from tests.unit.checkpoint.synthetic import SHAPES, assert_loaded, contents, full_state, pieces_at
 
 RANKS = 4
 
 
-def run_ranks(world_size: int, function: Callable[..., None], *arguments: Any, timeout: float = 60.0) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = []
-    for rank in range(world_size):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-                limit = timedelta(seconds=timeout)
-                dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=limit)
-                function(*arguments)
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-        children.append(child)
-    deadline = time.monotonic() + timeout
-    codes = []
-    for child in children:
-        pid, status = 0, 0
-        while not pid and time.monotonic() < deadline:
-            pid, status = os.waitpid(child, os.WNOHANG)
-            time.sleep(0.01)
-        if not pid:
-            os.kill(child, 9)
-        codes.append(os.waitstatus_to_exitcode(status) if pid else "timeout")
-    assert codes == [0] * world_size, codes
+def with_a_group(function: Callable[..., None], *arguments: Any) -> None:
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    function(*arguments)
 
 
 def split(layout: str, rank: int) -> list[tuple[str, Box]]:
@@ -120,7 +89,7 @@ def stored_elements(path: Path) -> Counter[tuple[str, str]]:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("checkpoints")
-    run_ranks(RANKS, save_in_each_and_load_in_all, root)
+    run_ranks(RANKS, with_a_group, save_in_each_and_load_in_all, root)
     return {layout: root / f"step_{step:06d}" for step, layout in enumerate(LAYOUTS)}
 
 
@@ -170,7 +139,7 @@ def as_bf16(piece: Piece) -> Piece:
 
 
 def test_what_differs_between_ranks_is_refused_on_all(tmp_path: Path) -> None:
-    run_ranks(RANKS, save_with_differences, tmp_path / "root")
+    run_ranks(RANKS, with_a_group, save_with_differences, tmp_path / "root")
     assert verify_checkpoint(tmp_path / "root" / "step_000005")
 
 
@@ -191,7 +160,7 @@ def save_where_one_rank_may_not_write(root: Path, failing: int) -> None:
 
 @pytest.mark.parametrize("failing", [0, 2])
 def test_a_full_disk_on_one_rank_is_an_error_on_all_and_leaves_nothing(failing: int, tmp_path: Path) -> None:
-    run_ranks(RANKS, save_where_one_rank_may_not_write, tmp_path, failing)
+    run_ranks(RANKS, with_a_group, save_where_one_rank_may_not_write, tmp_path, failing)
 
 
 def save_where_one_value_does_not_fit(root: Path) -> None:
@@ -203,7 +172,7 @@ def save_where_one_value_does_not_fit(root: Path) -> None:
 
 
 def test_a_sender_that_fails_keeps_no_writer_waiting(tmp_path: Path) -> None:
-    run_ranks(RANKS, save_where_one_value_does_not_fit, tmp_path)
+    run_ranks(RANKS, with_a_group, save_where_one_value_does_not_fit, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -217,7 +186,7 @@ def load_where_one_rank_asks_for_too_much(path: Path) -> None:
 
 
 def test_an_error_of_one_loading_rank_is_an_error_of_all(saved: dict[str, Path]) -> None:
-    run_ranks(RANKS, load_where_one_rank_asks_for_too_much, saved["rows"])
+    run_ranks(RANKS, with_a_group, load_where_one_rank_asks_for_too_much, saved["rows"])
 
 
 def agree_step_by_step(root: Path) -> None:
@@ -238,6 +207,6 @@ def agree_step_by_step(root: Path) -> None:
 
 
 def test_ranks_agree_on_what_to_resume(tmp_path: Path) -> None:
-    run_ranks(RANKS, agree_step_by_step, tmp_path)
+    run_ranks(RANKS, with_a_group, agree_step_by_step, tmp_path)
     with pytest.raises(NoGoodCheckpoint):
         newest_checkpoint(tmp_path)

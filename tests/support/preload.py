@@ -4,8 +4,9 @@ import warnings
 
 warnings.filterwarnings("ignore")
 
-import megatron.core.pipeline_parallel  # noqa: E402, F401
+import numpy  # noqa: E402, F401
+import pytest  # noqa: E402, F401
 import torch  # noqa: E402, F401
 
+import megalemur.train.saving  # noqa: E402
 import megalemur.train.setup  # noqa: E402, F401
-import megalemur.train.saving  # noqa: E402, F401
