@@ -100,7 +100,9 @@ def transformers_logits(directory, tokens):
 
 def compare_logits(config, model, tokens):
     expected = transformers_logits(model, tokens)
-    found = [logits for logits in run_ranks(config.parallel.world_size, logits_of, config, tokens) if logits is not None]
+    found = [
+        logits for logits in run_ranks(config.parallel.world_size, logits_of, config, tokens) if logits is not None
+    ]
     assert found
     return max(float((logits - expected).abs().max()) for logits in found)
 

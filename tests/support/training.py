@@ -50,7 +50,9 @@ def whole_state(path: Path) -> dict[str, torch.Tensor]:
 
     reader = CheckpointReader(path)
     return {
-        f"{kind}/{name}": reader.read(name, kind, whole(shape)) for kind in KINDS for name, shape in reader.shapes.items()
+        f"{kind}/{name}": reader.read(name, kind, whole(shape))
+        for kind in KINDS
+        for name, shape in reader.shapes.items()
     }
 
 

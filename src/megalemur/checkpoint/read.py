@@ -36,11 +36,17 @@ class Listed(NamedTuple):
 class TensorReader(Protocol):
     """What `load_pieces` reads from."""
 
-    path: Path
-    kinds: frozenset[str]
-    """Kinds of state on offer."""
-    tensors: Mapping[str, Listed]
-    """Every tensor on offer, known before anything is read."""
+    @property
+    def path(self) -> Path:
+        """The directory."""
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """Kinds of state on offer."""
+
+    @property
+    def tensors(self) -> Mapping[str, Listed]:
+        """Every tensor on offer, known before anything is read."""
 
     def read(self, name: str, kind: str, box: Box) -> torch.Tensor:
         """The box as an fp32 CPU tensor of the box's shape."""

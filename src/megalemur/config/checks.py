@@ -1,7 +1,7 @@
 """Cross-checks between the parts of a run file: what each part alone cannot know.
 
-A check takes the parts that it names and yields its problems; it runs whenever those parts are valid, so that one pass
-reports everything. Each rule's docstring names the public thread of somebody who paid for its absence, where there is one.
+A check takes the parts that it names and yields its problems; it runs whenever those parts are valid, so that one
+pass reports everything. A rule's docstring names the public thread of somebody who paid for its absence.
 """
 
 import inspect
@@ -183,7 +183,9 @@ def schedule_within_run(run: Any, schedule: Any) -> Problems:
     if schedule.kind == "cosine" and decay is not None and decay > run.steps:
         yield f"schedule.decay_steps={decay} is beyond run.steps={run.steps}: the floor is never reached; leave it out"
     if schedule.kind == "wsd" and decay is not None and decay + schedule.warmup_steps > run.steps:
-        yield f"schedule.decay_steps={decay} + schedule.warmup_steps={schedule.warmup_steps} exceed run.steps={run.steps}"
+        yield (
+            f"schedule.decay_steps={decay} + schedule.warmup_steps={schedule.warmup_steps} exceed run.steps={run.steps}"
+        )
 
 
 def sources_named_once(data: Any) -> Problems:
@@ -216,7 +218,7 @@ CHECKS: tuple[Callable[..., Problems], ...] = (
 
 def problems_of(parts: Mapping[str, Any]) -> list[str]:
     """Problems between the given parts, each a full sentence; checks whose parts are missing are passed over."""
-    found = []
+    found: list[str] = []
     for check in CHECKS:
         wanted = list(inspect.signature(check).parameters)
         if all(name in parts for name in wanted):

@@ -63,7 +63,7 @@ _StrictLoader.yaml_implicit_resolvers = _resolvers()
 
 def _parse(text: str, origin: str) -> Any:
     try:
-        return yaml.load(text, _StrictLoader)  # noqa: S506  (a SafeLoader)
+        return yaml.load(text, _StrictLoader)
     except yaml.YAMLError as error:
         raise ConfigError(origin, [" ".join(str(error).split())]) from None
 

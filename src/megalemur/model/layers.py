@@ -1,8 +1,9 @@
-"""The torch backend: RMSNorm and attention without a compiled extra, in the places where megatron-core's spec wants them.
+"""The torch backend: RMSNorm and attention without a compiled extra, where megatron-core's spec wants them.
 
 Shapes: s sequence, b micro-batch, n heads on this rank, d head size, t = b * s tokens of a packed micro-batch.
 """
 
+import itertools
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ class RMSNorm(torch.nn.Module):
         super().__init__()
         ones = torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
         self.weight = torch.nn.Parameter(ones)
-        # its gradient is a sum over this rank's part of the sequence: megatron-core adds the parts up where it sees this
+        # its gradient is a sum over this rank's part of the sequence: where it sees this, megatron-core adds them up
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.eps = eps
 
@@ -36,8 +37,8 @@ def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torc
 class CoreAttention(torch.nn.Module):
     """Causal grouped-query attention on torch's scaled_dot_product_attention.
 
-    Packed micro-batches come as [t, n, d] with their document lengths: each document then is a call of its own, the work
-    of the documents' squares instead of a dense mask over the whole window.
+    Packed micro-batches come as [t, n, d] with their document lengths: each document then is a call of its own, the
+    work of the documents' squares instead of a dense mask over the whole window.
     """
 
     def __init__(self, config: TransformerConfig, layer_number: int, *_: Any, **__: Any):
@@ -59,6 +60,6 @@ class CoreAttention(torch.nn.Module):
         borders = packed_seq_params.cu_seqlens_q.tolist()  # a CPU tensor: no sync
         documents = [
             _causal(*(x[start:stop].transpose(0, 1)[None] for x in (query, key, value)))
-            for start, stop in zip(borders, borders[1:], strict=False)
+            for start, stop in itertools.pairwise(borders)
         ]
         return torch.cat(documents, dim=2)[0].transpose(0, 1).flatten(1)

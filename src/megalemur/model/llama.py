@@ -1,14 +1,13 @@
-"""A Llama on megatron-core's GPTModel: the chunks that one rank holds, and what their parameters are called outside.
+"""A Llama on megatron-core's GPTModel: the chunks that one rank holds, and their parameters' names outside.
 
-Refuses nothing that config has not refused; owns the two places where GPTModel alone would be wrong for a Llama: padding
-columns in the loss, and rotary scaling other than megatron-core's constants.
+Refuses nothing that config has not refused; owns the two places where GPTModel alone would be wrong for a Llama:
+padding columns in the loss, and rotary scaling other than megatron-core's constants.
 """
 
 import math
 from collections.abc import Sequence
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -20,14 +19,15 @@ from megalemur.config.precision import PrecisionConfig
 from megalemur.model.backend import block_spec, resolve_backend
 from megalemur.model.mcore_config import mcore_config
 from megalemur.model.names import Split, segments_of
+from megalemur.parallel.groups import holds_first_layer, holds_last_layer, pipeline_rank, tensor_rank
 from megalemur.parallel.state import Segment
 
 
 def scaled_frequencies(inverse: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
     """Rotary frequencies after Llama-3 scaling.
 
-    Long wavelengths are stretched by `factor`, short ones kept, those between blended linearly in the number of turns that
-    they make within the original context (Llama 3 Herd of Models, section 3.2; the reference code's constants are
+    Long wavelengths are stretched by `factor`, short ones kept, those between blended linearly in the number of turns
+    that they make within the original context (Llama 3 Herd of Models, section 3.2; the reference code's constants are
     settings here). megatron-core's own scaling fixes three of the four.
 
     Args:
@@ -44,7 +44,7 @@ def scaled_frequencies(inverse: torch.Tensor, scaling: RopeScaling) -> torch.Ten
 
 
 class Llama(GPTModel):
-    """One chunk of a Llama: consecutive layers, with the embedding in front or the output layer behind where it has them."""
+    """One chunk of a Llama: consecutive layers, and the embedding or the output layer where it has them."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class Llama(GPTModel):
             post_process=ends[1],
             share_embeddings_and_output_weights=model.tie_embeddings,
             position_embedding_type="rope",
-            rotary_base=model.rope_theta,  # type: ignore[arg-type]
+            rotary_base=model.rope_theta,
             vp_stage=vp_stage,
         )
         self.true_vocab = model.vocab_size
@@ -90,7 +90,7 @@ class Llama(GPTModel):
             labels: token ids, [b, s].
             logits: this rank's columns, [s, b, padded vocabulary / t]; padding columns would enter the sum.
         """
-        first = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
+        first = tensor_rank() * logits.shape[-1]
         padding_from = max(0, self.true_vocab - first)
         if padding_from < logits.shape[-1]:
             columns = torch.arange(logits.shape[-1], device=logits.device)
@@ -104,7 +104,7 @@ def build_chunks(model: ModelConfig, parallel: ParallelConfig, precision: Precis
     The process groups must exist. Zero, so that vocabulary padding, which no checkpoint holds, is zero and stays so.
     """
     config = mcore_config(model, parallel, precision)
-    counts = chunk_layers(model.num_layers, parallel)[parallel_state.get_pipeline_model_parallel_rank()]
+    counts = chunk_layers(model.num_layers, parallel)[pipeline_rank()]
     chunks = []
     for number, count in enumerate(counts):
         vp_stage = number if parallel.chunks > 1 else None
@@ -113,10 +113,7 @@ def build_chunks(model: ModelConfig, parallel: ParallelConfig, precision: Precis
             model,
             num_layers=count,
             padded_vocab=parallel.padded_vocab(model.vocab_size),
-            ends=(
-                parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-                parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
-            ),
+            ends=(holds_first_layer(vp_stage), holds_last_layer(vp_stage)),
             vp_stage=vp_stage,
         )
         chunks.append(chunk)
@@ -135,7 +132,7 @@ def model_segments(chunks: Sequence[Llama], model: ModelConfig) -> dict[torch.nn
         split = Split(
             model,
             chunk.config.tensor_model_parallel_size,
-            parallel_state.get_tensor_model_parallel_rank(),
+            tensor_rank(),
             chunk.padded_vocab,
         )
         for name, parameter in chunk.named_parameters():

@@ -28,9 +28,7 @@ class Decoder:
         seen = self._context.sequence_len_offset
         assert seen == 0 or tokens.shape[1] == 1
         positions = torch.arange(seen, seen + tokens.shape[1], device=tokens.device)[None]
-        logits = self._chunk(
-            tokens, positions, None, inference_context=self._context, runtime_gather_output=True
-        )
+        logits = self._chunk(tokens, positions, None, inference_context=self._context, runtime_gather_output=True)
         self._context.sequence_len_offset += tokens.shape[1]
         if seen == 0:
             self._context.enable_decode_mode()

@@ -1,5 +1,7 @@
 """The one place where what a model is and how it is split meet, in megatron-core's own config."""
 
+import warnings
+
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -66,6 +68,14 @@ def _recompute(precision: PrecisionConfig) -> dict[str, object]:
 def mcore_config(model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig) -> TransformerConfig:
     """megatron-core's config of this model in this layout."""
     dtype = DTYPES[precision.dtype]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about its own defaults for CUDA graphs, which are not used
+        return _transformer_config(model, parallel, precision, dtype)
+
+
+def _transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, dtype: torch.dtype
+) -> TransformerConfig:
     return TransformerConfig(
         **_architecture(model),
         **_layout(parallel),

@@ -81,7 +81,10 @@ def _gate_up(split: Split, prefix: str) -> list[Segment]:
     shape = (split.model.ffn_hidden_size, split.model.hidden_size)
     start, stop = _share(shape[0], split)
     box = Box((start, 0), (stop, shape[1]))
-    return [Segment(prefix + "gate_proj.weight", shape, box, 0), Segment(prefix + "up_proj.weight", shape, box, stop - start)]
+    return [
+        Segment(prefix + "gate_proj.weight", shape, box, 0),
+        Segment(prefix + "up_proj.weight", shape, box, stop - start),
+    ]
 
 
 def _fused_qkv(split: Split, prefix: str) -> list[Segment]:
@@ -104,8 +107,8 @@ def _fused_qkv(split: Split, prefix: str) -> list[Segment]:
 
 Rule = Callable[[Split, str], list[Segment]]
 
-# megatron-core's name within a layer -> (Hugging Face name or prefix within the layer, rule). The two names of a norm are those
-# of the torch backend and of Transformer Engine, which fuses the norm into the linear layer behind it.
+# megatron-core's name within a layer -> (Hugging Face name or prefix within the layer, rule). The two names of a norm
+# are the torch backend's and Transformer Engine's, which fuses the norm into the linear layer behind it.
 _LAYER: dict[str, tuple[str, Rule]] = {
     "input_layernorm.weight": ("input_layernorm.weight", _whole_vector),
     "self_attention.linear_qkv.layer_norm_weight": ("input_layernorm.weight", _whole_vector),

@@ -52,8 +52,8 @@ def whole(shape: Sequence[int]) -> Box:
 class Segment:
     """Rows [first_row, first_row + box rows) of a local parameter are `box` of the Hugging Face tensor `name`.
 
-    The local rows have exactly the box's columns. A 1-D tensor's elements are rows of width 1. Rows of a local parameter
-    that no segment covers are vocabulary padding.
+    The local rows have exactly the box's columns. A 1-D tensor's elements are rows of width 1. Rows of a local
+    parameter that no segment covers are vocabulary padding.
     """
 
     name: str

@@ -69,18 +69,26 @@ def _install_synchronize() -> None:
     torch.cuda.synchronize = lambda *_, **__: None
 
 
+def _seed_cpu(seed: int) -> None:
+    torch.manual_seed(seed)
+
+
 def _install_generator() -> None:
     torch.cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
-    torch.cuda.manual_seed = lambda seed: torch.manual_seed(seed) and None
+    torch.cuda.manual_seed = _seed_cpu
     mcore_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     mcore_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
 
 
 REDIRECTS: tuple[Redirect, ...] = (
-    Redirect("current_device", "buffers and weights are allocated on current_device()", install=_install_current_device),
+    Redirect(
+        "current_device", "buffers and weights are allocated on current_device()", install=_install_current_device
+    ),
     Redirect("device_literals", 'the pipeline schedules allocate on device="cuda"', rewrite=_rewrite_device),
     Redirect("cuda_copies", "tensors are moved with .cuda()", rewrite=_rewrite_cuda_copy),
-    Redirect("type_names", "the optimizers compare tensor.type() with torch.cuda.FloatTensor", rewrite=_rewrite_type_name),
+    Redirect(
+        "type_names", "the optimizers compare tensor.type() with torch.cuda.FloatTensor", rewrite=_rewrite_type_name
+    ),
     Redirect("synchronize", "batched pipeline messages end in torch.cuda.synchronize()", install=_install_synchronize),
     Redirect("generator", "seeds and generator states are those of the CUDA device", install=_install_generator),
 )

@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -95,7 +96,7 @@ def join(parallel: ParallelConfig, *, timeout_seconds: float) -> Place:
     Raises:
         ValueError: another number of processes was started.
     """
-    rank, world_size, local_rank = world_from_environment()
+    _, world_size, local_rank = world_from_environment()
     check_world(parallel, world_size)
     open_seam()
     device = device_of(local_rank)
@@ -103,7 +104,7 @@ def join(parallel: ParallelConfig, *, timeout_seconds: float) -> Place:
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=timeout_seconds)
     if not dist.is_initialized():
-        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world_size == 1 else {}
+        alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world_size == 1 else {}
         dist.init_process_group(collective_backend(), timeout=timeout, **alone)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
@@ -115,6 +116,7 @@ def join(parallel: ParallelConfig, *, timeout_seconds: float) -> Place:
             distributed_timeout_minutes=max(1, round(timeout_seconds / 60)),
         )
     cpu_group = dist.new_group(backend="gloo", timeout=timeout) if has_gpu() else dist.group.WORLD
+    assert cpu_group is not None
     return place_of(device, cpu_group)
 
 
@@ -123,12 +125,40 @@ def place_of(device: torch.device, cpu_group: dist.ProcessGroup) -> Place:
     return Place(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
-        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        tp_rank=tensor_rank(),
+        pp_rank=pipeline_rank(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         device=device,
         cpu_group=cpu_group,
     )
+
+
+def tensor_rank() -> int:
+    """Which part of every split layer this process holds."""
+    return parallel_state.get_tensor_model_parallel_rank()
+
+
+def pipeline_rank() -> int:
+    """Pipeline stage of this process."""
+    return parallel_state.get_pipeline_model_parallel_rank()
+
+
+def holds_first_layer(vp_stage: int | None) -> bool:
+    """Whether a chunk of this process is the one that begins with the embedding.
+
+    Args:
+        vp_stage: number of the chunk on its stage; None without chunks.
+    """
+    return parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+
+
+def holds_last_layer(vp_stage: int | None) -> bool:
+    """Whether a chunk of this process is the one that ends with the output layer.
+
+    Args:
+        vp_stage: number of the chunk on its stage; None without chunks.
+    """
+    return parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
 
 
 def leave() -> None:

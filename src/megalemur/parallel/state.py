@@ -1,7 +1,7 @@
 """The word for a piece of training state: a Hugging Face tensor's name, a box inside it, and the values.
 
-model says which boxes a local parameter is made of (`Segment`), optim says which flat part of a parameter this rank owns
-(`Owned`), and checkpoint stores and finds `Piece`s. None of the three knows the others.
+model says which boxes a local parameter is made of (`Segment`), optim says which flat part of a parameter this rank
+owns (`Owned`), and checkpoint stores and finds `Piece`s. None of the three knows the others.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -50,7 +50,7 @@ class _Cut(NamedTuple):
 def _cuts(segment: Segment, start: int, stop: int) -> Iterator[_Cut]:
     """Rectangles that cover flat positions [start, stop) of a local parameter inside one segment.
 
-    A flat range of a row-major matrix is at most three rectangles: the end of a row, whole rows, the beginning of a row.
+    A flat range of a row-major matrix is at most three rectangles: the end of a row, whole rows, the start of a row.
     """
     width = 1 if len(segment.box.start) == 1 else segment.box.shape[1]
     origin = segment.first_row * width

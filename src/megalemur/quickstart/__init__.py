@@ -1,1 +1,1 @@
-"""The whole way of the data on one machine, by the commands that a user types; each stage shows its time and its proof."""
+"""The whole way of the data on one machine, by the commands that a user types; each stage shows its proof."""

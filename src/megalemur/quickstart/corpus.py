@@ -45,7 +45,7 @@ def text_documents() -> Iterator[str]:
 
     yield from topics.values()
     for distribution in sorted(distributions(), key=lambda d: d.metadata["Name"].lower()):
-        yield distribution.metadata.get_payload() or ""
+        yield str(distribution.metadata.json.get("description", ""))
         for file in distribution.files or ():
             if "licen" in file.name.lower() and file.suffix in ("", ".txt", ".md", ".rst"):
                 path = Path(str(distribution.locate_file(file)))

@@ -232,7 +232,7 @@ def generate(this: Walk) -> None:
     """A line of what it has learned."""
     this.command(
         *(_beside_python("megalemur"), "generate", str(_last_checkpoint(this))),
-        *("--prompt", "def __init__(self", "--max-tokens", "40"),
+        *("--prompt", "def __init__(self", "--max-tokens", "40", "--temperature", "0.7", "--top-k", "40"),
     )
 
 

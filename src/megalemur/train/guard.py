@@ -19,7 +19,7 @@ class NumericalStop(RuntimeError):
 
 
 class FiniteGuard:
-    """Skips a step whose loss or gradient norm is not finite; megatron-core's own step would write NaN into the weights."""
+    """Skips a step whose loss or gradient norm is not finite; megatron-core's own step would write NaN."""
 
     def __init__(self, limit: int):
         """Set up.

@@ -5,7 +5,6 @@ Looked up and checked before a model is built; refuses what does not fit the run
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,13 @@ from megalemur.model.names import hf_shapes
 from megalemur.parallel.state import MASTER, Piece
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_KEPT = ("generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_KEPT = (
+    "generation_config.json",
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
 
 
 @dataclass(frozen=True)
@@ -129,8 +134,3 @@ def refuse_changes(config: RunConfig, record: Mapping[str, Any], now: Mapping[st
     if differences:
         listing = "".join(f"\n  - {difference}" for difference in differences)
         raise ValueError(f"resuming would change these; name them in checkpoint.allow_changes to accept it:{listing}")
-
-
-def path_of(origin: Origin) -> Path | None:
-    """Directory of the origin."""
-    return origin.reader.path if origin.reader is not None else None

@@ -15,7 +15,8 @@ from megalemur.train.setup import build_run
 _log = logging.getLogger(__name__)
 
 _UNPROVEN = (
-    "never run yet: several GPUs over NCCL, Transformer Engine, Apex, fp8 (docs/gpu.md lists what was measured and what is due)"
+    "never run yet: several GPUs over NCCL, Transformer Engine, Apex, fp8; "
+    "docs/gpu.md lists what was measured and what is due"
 )
 
 

@@ -12,7 +12,7 @@ from megalemur.data.batches import Portion
 from megalemur.data.feed import Data, build_data
 from megalemur.data.history import History
 from megalemur.model.backend import resolve_backend
-from megalemur.model.llama import Llama, build_chunks, model_segments
+from megalemur.model.llama import build_chunks, model_segments
 from megalemur.optim.gradients import wrap_chunks
 from megalemur.optim.optimizer import Optimizer
 from megalemur.parallel.groups import Place
@@ -130,8 +130,3 @@ def build_record(config: RunConfig, backend: str, optimizer: Optimizer) -> dict[
         "python": platform.python_version(),
         "versions": {name: version(name) for name in names},
     }
-
-
-def model_of(run: Run) -> list[Llama]:
-    """The bare chunks, without DDP around them."""
-    return [chunk.module for chunk in run.engine.chunks]
