@@ -23,7 +23,7 @@ def plain_loop(config, directory):
     norms = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
-    data = build_data(config.data, seed=config.run.seed, vocab_size=config.model.vocab_size, total_samples=160).training
+    data = build_data(config.data, seed=config.run.seed, vocab_size=config.model.vocab_size, total_samples=80).training
     results = []
     for step in range(10):
         # linear warm-up that ends at the peak with the third update, then a cosine to a tenth with the tenth
@@ -31,7 +31,7 @@ def plain_loop(config, directory):
         scale = (step + 1) / 3 if step < 3 else 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * scale
-        (batch,) = data.micro_batches(step * 16, Portion(0, 1, 16, 16))
+        (batch,) = data.micro_batches(step * 8, Portion(0, 1, 8, 8))
         logits = model(batch.tokens).logits
         losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none")
         loss = (losses * batch.loss_mask.flatten()).sum() / batch.loss_mask.sum()

@@ -79,7 +79,7 @@ schedule: {{warmup_steps: 3}}
 data:
   sequence_length: 32
   micro_batch_size: 2
-  global_batch_size: 16
+  global_batch_size: 8
   sources: [{{name: a, path: {directory}/a, weight: 3}}, {{name: b, path: {directory}/b}}]
 checkpoint: {{directory: {directory}/checkpoints{start}}}
 log: {{directory: {directory}/log, tensorboard: false}}

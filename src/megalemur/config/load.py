@@ -133,6 +133,38 @@ def _sentence(error: Any) -> str:
     return f"{where}: {message}"
 
 
+def _without(values: Any, unknown: Iterable[Sequence[Any]]) -> Any:
+    """A copy of a section's values without the settings at the given paths."""
+    if isinstance(values, list):
+        keyed: Iterable[tuple[Any, Any]] = enumerate(values)
+    elif isinstance(values, dict):
+        keyed = values.items()
+    else:
+        return values
+    here = {path[0] for path in unknown if len(path) == 1}
+    kept = {
+        key: _without(value, [path[1:] for path in unknown if len(path) > 1 and path[0] == key])
+        for key, value in keyed
+        if key not in here
+    }
+    return kept if isinstance(values, dict) else list(kept.values())
+
+
+def _read_section(name: str, section: type[BaseModel], values: Any) -> tuple[BaseModel | None, list[str]]:
+    """The section, if its known settings are all right, and its problems.
+
+    An unknown key alone does not keep the others from being checked against the rest of the run: one pass shows both.
+    """
+    try:
+        return section.model_validate(values), []
+    except ValidationError as error:
+        items = error.errors()
+    problems = [_sentence({**item, "loc": (name, *item["loc"])}) for item in items]
+    if any(item["type"] != "extra_forbidden" for item in items):
+        return None, problems
+    return section.model_validate(_without(values, [item["loc"] for item in items])), problems
+
+
 def _validate(values: dict[str, Any], origin: str) -> RunConfig:
     """Validate part by part, so that problems inside one part do not hide those between others."""
     problems: list[str] = []
@@ -143,10 +175,10 @@ def _validate(values: dict[str, Any], origin: str) -> RunConfig:
         if name not in values and not field.is_required():
             parts[name] = field.get_default()
             continue
-        try:
-            parts[name] = section.model_validate(values.get(name) or {})
-        except ValidationError as error:
-            problems += [_sentence({**item, "loc": (name, *item["loc"])}) for item in error.errors()]
+        read, found = _read_section(name, section, values.get(name) or {})
+        problems += found
+        if read is not None:
+            parts[name] = read
     problems += [
         _sentence({"type": "extra_forbidden", "loc": (key,)}) for key in values if key not in RunConfig.model_fields
     ]

@@ -44,7 +44,13 @@ def _train(config: RunConfig, place: Place, stop: StopRequest) -> None:
     _log.info("%s, at step %d of %d", run.origin.describe(), run.state.step, config.run.steps)
     if place.device.type == "cuda":
         _log.info(_UNPROVEN)
-    observers = build_observers(config, rank=place.rank, label=place.label, first_step=run.state.step)
+    observers = build_observers(
+        config,
+        rank=place.rank,
+        label=place.label,
+        first_step=run.state.step,
+        epoch_samples={s.config.name: s.samples.samples_per_epoch for s in run.data.training.sources.values()},
+    )
     try:
         run_loop(run, observers, stop)
     finally:

@@ -87,7 +87,7 @@ def test_files_directories_globs_and_compression_are_read_in_a_fixed_order(tmp_p
     folder = tmp_path / "in"
     (folder / "deep").mkdir(parents=True)
     (folder / "b.py").write_text("print(2)\n")
-    (folder / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "one"}\n\n{"text": "two"}'))
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "one"}\n\n{"text": "two"}', mtime=0))
     (folder / "deep" / "c.jsonl").write_text('{"text": "three"}\n')
     (folder / ".hidden").write_text("no")
     (tmp_path / "x1.txt").write_text("x1")
@@ -110,8 +110,8 @@ def test_files_directories_globs_and_compression_are_read_in_a_fixed_order(tmp_p
         ("a.txt", b"fine\nnot \xff fine", "a.txt:2: byte 0xff at offset 9 is not UTF-8"),
         ("a.txt", b"", "1 documents and no text"),
         ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: cannot be decompressed"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "ok"}\n' * 99)[:-9], "a.jsonl.gz: cannot be decompressed"),
-        ("a.jsonl.gz", gzip.compress(b"ok" * 99)[:-20] + b"\xff" * 20, "a.jsonl.gz: cannot be decompressed"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "ok"}\n' * 99, mtime=0)[:-9], "a.jsonl.gz: cannot be decompressed"),
+        ("a.jsonl.gz", gzip.compress(b"ok" * 99, mtime=0)[:-20] + b"\xff" * 20, "a.jsonl.gz: cannot be decompressed"),
     ],
 )
 def test_bad_input_is_named_with_its_line_and_leaves_nothing(tmp_path, name, content, message):
