@@ -1,6 +1,7 @@
 """From YAML and overrides to a RunConfig, with every problem reported at once and named as the user wrote it."""
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,27 +44,45 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def _resolvers() -> dict[str, list[tuple[str, Any]]]:
-    import re
-
-    bool_tag, float_tag = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
+    """What plain text may mean beside text: null, true, false and decimal numbers. 010 is no octal, 1:30 not 90, and
+    2024-01-01 no date."""
+    prefix = "tag:yaml.org,2002:"
+    own = {prefix + kind for kind in ("bool", "int", "float", "timestamp")}
     table = {
-        first: [(tag, pattern) for tag, pattern in rules if tag not in (bool_tag, float_tag)]
+        first: [(tag, pattern) for tag, pattern in rules if tag not in own]
         for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+    boolean = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
+    whole = re.compile(r"^[-+]?(?:0|[1-9][\d_]*)$")
+    number = re.compile(r"^[-+]?(?:(?:0|[1-9][\d_]*)(?:\.[\d_]*)?|\.\d[\d_]*)(?:[eE][-+]?\d+)?$")
     for first in "tTfF":
-        table.setdefault(first, []).append((bool_tag, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")))
-    number = re.compile(r"^[-+]?(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*|\d[\d_]*)(?:[eE][-+]?\d+)?$")
+        table.setdefault(first, []).append((prefix + "bool", boolean))
     for first in "-+.0123456789":
-        table.setdefault(first, []).append((float_tag, number))
+        table.setdefault(first, []).extend([(prefix + "int", whole), (prefix + "float", number)])
     return table
 
 
 _StrictLoader.yaml_implicit_resolvers = _resolvers()
 
 
+class _CarefulDumper(yaml.SafeDumper):
+    """Quotes every text that our loader or another YAML reader would take for something else, such as 1e3 and yes."""
+
+
+_CarefulDumper.yaml_implicit_resolvers = {
+    first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *rules]
+    for first, rules in _StrictLoader.yaml_implicit_resolvers.items()
+}
+
+
 def _parse(text: str, origin: str) -> Any:
     try:
         return yaml.load(text, _StrictLoader)
+    except yaml.MarkedYAMLError as error:
+        said = ", ".join(part for part in (error.context, error.problem) if part)
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ConfigError(origin, [f"{where}{said}"]) from None
     except yaml.YAMLError as error:
         raise ConfigError(origin, [" ".join(str(error).split())]) from None
 
@@ -80,7 +99,9 @@ def _apply_override(values: dict[str, Any], override: str) -> str | None:
         return error.problems[0]
     here: Any = values
     for key in keys[:-1]:
-        here = here.setdefault(key, {}) if isinstance(here, dict) else _list_item(here, key)
+        if isinstance(here, dict) and here.get(key) is None:
+            here[key] = {}  # not given, or empty: `profiler: null` is how a resolved run writes what it has not
+        here = here[key] if isinstance(here, dict) else _list_item(here, key)
         if not isinstance(here, (dict, list)):
             return f"{override}: {key} holds no settings"
     if isinstance(here, list):
@@ -128,8 +149,12 @@ def _sentence(error: Any) -> str:
     if error["type"] == "missing":
         return f"{where}: not given, and it has no default"
     message = error["msg"].removeprefix("Value error, ")
-    if isinstance(error.get("input"), (str, int, float, bool)):
-        message = f"{message[:1].lower()}{message[1:]} (given: {error['input']!r})"
+    if message.startswith("Input "):
+        message = f"i{message[1:]}"
+    if isinstance(given := error.get("input"), (str, int, float)):
+        message += f" (given: {given!r})"
+    elif given is None:
+        message += " (given: nothing)"
     return f"{where}: {message}"
 
 
@@ -175,7 +200,7 @@ def _validate(values: dict[str, Any], origin: str) -> RunConfig:
         if name not in values and not field.is_required():
             parts[name] = field.get_default()
             continue
-        read, found = _read_section(name, section, values.get(name) or {})
+        read, found = _read_section(name, section, {} if values.get(name) is None else values[name])
         problems += found
         if read is not None:
             parts[name] = read
@@ -218,7 +243,7 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def dump_run(config: RunConfig) -> str:
     """The resolved run as YAML that `parse_run` reads back to an equal RunConfig."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_CarefulDumper, sort_keys=False, width=120)
 
 
 def run_schema() -> dict[str, Any]:
