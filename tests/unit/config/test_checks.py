@@ -57,7 +57,8 @@ FIRES = {
     "recompute_over_layers": [
         ("precision.recompute=full precision.recompute_layers=3", "must divide the 8 layers of a model chunk"),
         (
-            "parallel.pipeline=2 precision.recompute=full precision.recompute_method=block precision.recompute_layers=5",
+            "precision.recompute=full precision.recompute_method=block precision.recompute_layers=5 "
+            "parallel.pipeline=2",
             "must be at most the 4 layers of a model chunk; use 4",
         ),
     ],
