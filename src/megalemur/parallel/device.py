@@ -30,6 +30,10 @@ class Redirect:
     """Changes a torch call on its way: (function, args, kwargs) to the same."""
 
 
+def _identity(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return tensor
+
+
 def _cuda_type_name(tensor: torch.Tensor) -> str:
     return tensor.type().replace("torch.", "torch.cuda.")
 
@@ -45,6 +49,10 @@ def _rewrite_device(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     if kwargs and _is_cuda(kwargs.get("device")):
         kwargs = {**kwargs, "device": "cpu"}
     return function, args, kwargs
+
+
+def _rewrite_cuda_copy(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return (_identity if function is torch.Tensor.cuda else function), args, kwargs
 
 
 def _rewrite_type_name(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -77,6 +85,7 @@ REDIRECTS: tuple[Redirect, ...] = (
         "current_device", "buffers and weights are allocated on current_device()", install=_install_current_device
     ),
     Redirect("device_literals", 'the pipeline schedules allocate on device="cuda"', rewrite=_rewrite_device),
+    Redirect("cuda_copies", "tied embeddings are moved with .cuda()", rewrite=_rewrite_cuda_copy),
     Redirect(
         "type_names", "the optimizers compare tensor.type() with torch.cuda.FloatTensor", rewrite=_rewrite_type_name
     ),
