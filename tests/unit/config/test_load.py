@@ -109,6 +109,20 @@ def test_a_number_that_is_none_is_refused(text):
     assert said.startswith("optim.learning_rate: ")
 
 
+@pytest.mark.parametrize(
+    "override",
+    ["run.steps=true", "checkpoint.keep=false", "optim.learning_rate=true", "data.sources.0.max_epochs=true"],
+)
+def test_true_and_false_are_no_numbers(override):
+    (said,) = problems(override)
+    assert said.startswith(f"{override.partition('=')[0]}: not a setting that is true or false")
+
+
+@pytest.mark.parametrize("override", ["log.tensorboard=false", "parallel.sequence=false", "run.deterministic=true"])
+def test_true_and_false_are_taken_where_they_are_meant(override):
+    assert problems(override) == []
+
+
 def test_a_value_is_shown_as_it_was_given():
     assert problems("parallel.tensor=2.5")[0].endswith("(given: 2.5)")
     assert problems("parallel.tensor=")[0].endswith("(given: nothing)")
