@@ -59,7 +59,7 @@ class ModelConfig(Section):
     def _fill_from_preset(cls, values: Any) -> Any:
         if not isinstance(values, dict) or values.get("preset") is None:
             return values
-        if values["preset"] not in PRESETS:
+        if not isinstance(values["preset"], str) or values["preset"] not in PRESETS:
             raise ValueError(f"no such preset {values['preset']!r}; use one of {', '.join(PRESETS)}")
         return {**PRESETS[values["preset"]], **values}
 

@@ -5,12 +5,13 @@ Looked up and checked before a model is built; refuses what does not fit the run
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megalemur.checkpoint.load import agree_on_newest, load_pieces, refuse_table
+from megalemur.checkpoint.load import load_pieces, refuse_table
 from megalemur.checkpoint.manifest import MANIFEST
 from megalemur.checkpoint.read import CheckpointReader, HuggingFaceReader, TensorReader
 from megalemur.config.run import RunConfig
@@ -61,14 +62,17 @@ class Origin:
         return f"{'resuming' if self.resumed else 'starting from'} {self.reader.path}"
 
 
-def find_origin(config: RunConfig, group: dist.ProcessGroup) -> Origin:
-    """The newest checkpoint of the run, else `checkpoint.start_from`, else nothing. A collective over `group`.
+def find_origin(config: RunConfig, newest: Path | None) -> Origin:
+    """The newest checkpoint of the run, else `checkpoint.start_from`, else nothing. Reads headers and small files.
+
+    Args:
+        config: the run.
+        newest: its newest checkpoint that verifies.
 
     Raises:
         ValueError, CheckpointError: something is there that does not fit the run file.
     """
-    newest = agree_on_newest(config.checkpoint.directory, group)
-    path = newest.path or config.checkpoint.start_from
+    path = newest or config.checkpoint.start_from
     shapes = hf_shapes(config.model)
     if path is None:
         return Origin(None, False, None, _export_dtypes(config, shapes, None), _tokenizer_files(config))
@@ -81,7 +85,7 @@ def find_origin(config: RunConfig, group: dist.ProcessGroup) -> Origin:
     files = {name: (path / name).read_bytes() for name in _KEPT if (path / name).is_file()}
     return Origin(
         reader,
-        resumed=newest.path is not None,
+        resumed=newest is not None,
         hf_config=hf.original,
         dtypes=_export_dtypes(config, shapes, weights.dtypes),
         files={**files, **_tokenizer_files(config)},

@@ -10,7 +10,7 @@ from megalemur.observe.build import build_observers
 from megalemur.observe.logs import setup_logging
 from megalemur.parallel.groups import Place, check_world, join, leave, world_from_environment
 from megalemur.train.loop import StopRequest, run_loop
-from megalemur.train.setup import build_run
+from megalemur.train.setup import build_run, preflight
 
 _log = logging.getLogger(__name__)
 
@@ -28,6 +28,7 @@ def train(config: RunConfig) -> None:
         DataError, CheckpointError, NumericalStop: see their rooms.
     """
     check_world(config.parallel, world_from_environment()[1])
+    preflight(config)
     if config.run.deterministic:
         use_deterministic_kernels()
     stop = StopRequest()

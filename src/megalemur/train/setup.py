@@ -1,5 +1,6 @@
 """Builds a run from its config, part by part; introduces model, data, optim and checkpoint to each other."""
 
+import logging
 import platform
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -7,6 +8,8 @@ from typing import Any
 
 import torch
 
+from megalemur.checkpoint.directory import newest_checkpoint
+from megalemur.checkpoint.load import agree_on_newest
 from megalemur.config.run import RunConfig
 from megalemur.data.batches import Portion
 from megalemur.data.feed import Data, build_data
@@ -23,6 +26,8 @@ from megalemur.train.guard import FiniteGuard
 from megalemur.train.origin import Origin, fill_pieces, find_origin, refuse_changes
 from megalemur.train.state import RunState
 from megalemur.train.step import Engine, Shape
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -57,7 +62,10 @@ def build_run(config: RunConfig, place: Place) -> Run:
         ValueError, DataError, CheckpointError: what the run file names does not fit, on every rank alike.
     """
     backend = resolve_backend(config.model)
-    origin = find_origin(config, place.cpu_group)
+    newest = agree_on_newest(config.checkpoint.directory, place.cpu_group)
+    for damaged in newest.passed_over:
+        _log.warning("passed over a damaged checkpoint: %s", damaged)
+    origin = find_origin(config, newest.path)
     state, history = _position(origin)
     data = build_run_data(config, state, history)
     seed_step(config.run.seed, state.step, place.pp_rank, place.dp_rank)
@@ -80,6 +88,19 @@ def build_run(config: RunConfig, place: Place) -> Run:
     fill_pieces(origin, config, run.pieces(), place.cpu_group)
     optimizer.publish(state.updates)
     return run
+
+
+def preflight(config: RunConfig) -> None:
+    """Refuse what the run file's own files make impossible, before any process group exists.
+
+    Every process looks at the same files and so refuses alike.
+
+    Raises:
+        ValueError, DataError, CheckpointError: as `build_run`.
+    """
+    resolve_backend(config.model)
+    origin = find_origin(config, newest_checkpoint(config.checkpoint.directory).path)
+    build_run_data(config, *_position(origin))
 
 
 def _position(origin: Origin) -> tuple[RunState, History | None]:
