@@ -17,7 +17,7 @@ log: {directory: out}
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("parallel.tensor=true", "parallel.tensor: wants a value, not true or false"),
+        ("parallel.tensor=true", "parallel.tensor: not a setting that is true or false"),
         ("model.preset=[1]", "no such preset [1]"),
         ("parallel.distributed_optimizer=3", "parallel.distributed_optimizer"),
         ("optim.learning_rate=.nan", "optim.learning_rate"),
