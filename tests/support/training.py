@@ -70,12 +70,14 @@ def forward_logits(run: Run, tokens: torch.Tensor) -> torch.Tensor | None:
 
     bare = [chunk.module for chunk in run.engine.chunks]
 
+    here = tokens.to(run.place.device)
+
     def forward(_: Any, chunk: Any) -> Any:
-        positions = torch.arange(tokens.shape[1])[None].expand_as(tokens)
-        return chunk(tokens, positions, None), lambda out: (
+        positions = torch.arange(tokens.shape[1], device=here.device)[None].expand_as(here)
+        return chunk(here, positions, None), lambda out: (
             out.sum(),
-            torch.tensor(1, dtype=torch.int),
-            {"logits": true_logits(bare[-1], out).detach()},
+            torch.tensor(1, dtype=torch.int, device=here.device),
+            {"logits": true_logits(bare[-1], out).detach().cpu()},
         )
 
     several = len(bare) > 1

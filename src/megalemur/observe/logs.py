@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import warnings
 
 import rich
 from rich.logging import RichHandler
@@ -27,6 +28,15 @@ def setup_logging(label: str, rank: int) -> None:
     handler.setFormatter(coordinate_formatter(label))
     root.addHandler(handler)
     logging.getLogger("megalemur").setLevel(logging.INFO)
+    _silence_libraries()
+
+
+def _silence_libraries() -> None:
+    """What megatron-core calls of torch that torch would rather see called otherwise is no user's business."""
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    warnings.filterwarnings(
+        "ignore", message=r"The \.grad attribute of a Tensor that is not a leaf", category=UserWarning
+    )
 
 
 def coordinate_formatter(label: str) -> logging.Formatter:
