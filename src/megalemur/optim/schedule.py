@@ -21,7 +21,7 @@ def learning_rate(step: int, optim: OptimConfig, schedule: ScheduleConfig, total
     assert step >= 0
     update, peak = step + 1, optim.learning_rate
     if update <= schedule.warmup_steps:
-        return peak * update / schedule.warmup_steps
+        return peak * (update / schedule.warmup_steps)  # exactly the peak at the end
     floor = peak * schedule.min_ratio
     return floor + (peak - floor) * _remaining(update, schedule, total_steps)
 
