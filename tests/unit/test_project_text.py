@@ -53,7 +53,7 @@ def test_a_place_of_one_machine_is_found(place):
 
 
 @pytest.mark.parametrize(
-    "line", ["https://example.org/home/page", "src/work/x", "$HOME/opt/x", "${ROOT}/work/x", "~/work/x", "a/root/b"]
+    "line", ["https://example.org/home/page", "src/home/x", "$HOME/opt/x", "${ROOT}/home/x", "~/home/x", "a/root/b"]
 )
 def test_what_only_looks_like_one_is_let_through(line):
     assert found(LOCAL, line) == []
