@@ -4,7 +4,7 @@ Refuses a history of another seed or sequence length, and more epochs than the r
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -50,7 +50,7 @@ class TrainingData:
         """One replica's micro-batches of the step that begins after `first_sample` samples."""
         return [self.batch(numbers) for numbers in portion.sample_numbers(first_sample)]
 
-    def prefetched(self, first_sample: int, portion: Portion) -> Iterator[list[Batch]]:
+    def prefetched(self, first_sample: int, portion: Portion) -> Generator[list[Batch], None, None]:
         """`micro_batches` of this step and all later ones; a thread reads the next step while one is used.
 
         The thread touches numpy and CPU tensors only. Close the iterator to end it.

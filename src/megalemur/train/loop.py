@@ -40,7 +40,7 @@ def run_loop(run: Run, observers: Sequence[Observer], stop: StopRequest) -> None
     """Train to the last step of the run file, or until asked to stop; the last state is always saved."""
     config, state = run.config, run.state
     saved = state.step if run.origin.resumed else None
-    feed = run.data.training.prefetched(state.samples, run.portion) if state.step < config.last_step else iter(())
+    feed = run.data.training.prefetched(state.samples, run.portion)
     while state.step < config.last_step:
         seed_step(config.run.seed, state.step, run.place.pp_rank, run.place.dp_rank)
         started = time.monotonic()
@@ -57,6 +57,7 @@ def run_loop(run: Run, observers: Sequence[Observer], stop: StopRequest) -> None
             saved = state.step
         if stopping:
             break
+    feed.close()  # ends the thread that reads ahead
     if saved != state.step:
         save(run, observers)
 
