@@ -37,10 +37,10 @@ check: setup  ## linters, types, architecture
 	$(BIN)/lint-imports
 
 bench-train: setup  ## a training step beside a bare megatron-core loop and transformers
-	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python -W ignore benchmarks/train_step.py
 
 bench-gpu: setup  ## the same on a GPU, at the width of Llama-2-70B
-	$(BIN)/python benchmarks/train_step.py --width 70b
+	$(BIN)/python -W ignore benchmarks/train_step.py --width 70b
 
 clean:  ## remove what runs left behind, not the environment
 	rm -rf out .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

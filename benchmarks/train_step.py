@@ -3,12 +3,17 @@
     python benchmarks/train_step.py                 # a small model, on CPU: megalemur's overhead over the bare loop
     python benchmarks/train_step.py --width 70b     # two layers of Llama-2-70B at 4096 tokens, on a GPU
 
-Prints medians over the rounds, and the ratio megalemur / bare round by round: machines drift, pairs do not.
+Prints medians over the rounds, and the ratio megalemur / bare round by round: machines drift, pairs do not. A pair is
+two single steps in turns, so that many pairs fit into a minute; the median's confidence interval says how much they
+settle. Peak memory is that of a process of its own for each.
 """
 
 import argparse
+import math
 import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,10 +28,12 @@ from megalemur.config.load import parse_run
 from megalemur.config.run import RunConfig
 from megalemur.data.writer import IndexedWriter
 from megalemur.observe.throughput import flops_per_token, known_peak_teraflops, utilisation
-from megalemur.parallel.groups import join, leave
+from megalemur.parallel.groups import Place, join, leave
+from megalemur.parallel.seeds import seed_step
 from megalemur.train.setup import Run, build_run
 from megalemur.train.step import train_step
 
+NAMES = ("megalemur", "bare megatron-core", "transformers")
 WIDTHS = {
     "small": "{num_layers: 4, hidden_size: 256, ffn_hidden_size: 688, num_attention_heads: 8, num_query_groups: 4, "
     "vocab_size: 4096, max_position_embeddings: 512}",
@@ -161,35 +168,74 @@ def transformers_step(config: RunConfig) -> Callable[[], None]:
     return step
 
 
-def seconds_of(step: Callable[[], None], steps: int) -> float:
-    """Seconds a step over a few of them."""
+def contestant(name: str, config: RunConfig, place: Place) -> Callable[[], None]:
+    """The step of one of NAMES, ready to be taken."""
+    if name == "megalemur":
+        return megalemur_step(build_run(config, place))
+    return bare_step(config) if name == "bare megatron-core" else transformers_step(config)
+
+
+def seconds_of(step: Callable[[], None]) -> float:
+    """Seconds of one step, the device's work included."""
     started = time.perf_counter()
-    for _ in range(steps):
-        step()
+    step()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return (time.perf_counter() - started) / steps
+    return time.perf_counter() - started
 
 
-def measure(contestants: dict[str, Callable[[], None]], rounds: int, steps: int) -> dict[str, list[float]]:
-    """Seconds a step of each, round by round; who goes first alternates."""
+def measure(contestants: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of a step of each, round by round; who goes first alternates."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for step in contestants.values():
-        seconds_of(step, 2)
+        for _ in range(3):
+            step()
     for number in range(rounds):
-        order = list(contestants) if number % 2 == 0 else list(contestants)[::-1]
-        for name in order:
-            times[name].append(seconds_of(contestants[name], steps))
+        for name in list(contestants)[:: 1 if number % 2 == 0 else -1]:
+            times[name].append(seconds_of(contestants[name]))
     return times
 
 
-def report(config: RunConfig, times: dict[str, list[float]]) -> None:
-    """Print medians and the paired ratio."""
+def peak_bytes(place: Place, step: Callable[[], None]) -> int:
+    """Peak memory after a few steps: allocated on the GPU, or resident of this process."""
+    for _ in range(3):
+        step()
+    if place.device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peak_of_process(name: str, args: argparse.Namespace) -> int:
+    """`peak_bytes` of one contestant in a process that holds no other."""
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        __file__,
+        "--width",
+        args.width,
+        "--layers",
+        str(args.layers),
+        "--memory-of",
+        name,
+    ]
+    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
+
+
+def median_interval(values: list[float]) -> tuple[float, float]:
+    """95 % confidence interval of the median, from the order statistics (binomial, normal approximation)."""
+    ordered, half = sorted(values), 0.98 * math.sqrt(len(values))
+    low, high = math.floor(len(values) / 2 - half), math.ceil(len(values) / 2 + half)
+    return ordered[max(low - 1, 0)], ordered[min(high, len(values) - 1)]
+
+
+def report(config: RunConfig, times: dict[str, list[float]], memory: dict[str, int]) -> None:
+    """Print medians, memory and the paired ratio."""
     gpu = torch.cuda.is_available()
     peak = known_peak_teraflops(torch.cuda.get_device_name()) if gpu else None
     flops = flops_per_token(config.model, config.data.sequence_length)
     table = Table(title=f"{torch.cuda.get_device_name() if gpu else 'CPU'}, torch {torch.__version__}")
-    for column in ("", "ms a step", "tokens/s", "MFU full attention", "MFU causal"):
+    for column in ("", "ms a step", "tokens/s", "MFU full attention", "MFU causal", "peak GiB"):
         table.add_column(column)
     for name, seconds in times.items():
         rate = config.tokens_per_step / statistics.median(seconds)
@@ -197,16 +243,17 @@ def report(config: RunConfig, times: dict[str, list[float]]) -> None:
             f"{utilisation(rate, per_token, devices=1, peak_teraflops=peak):.1%}" if peak else "no known peak"
             for per_token in (flops.full_attention, flops.causal_attention)
         ]
-        table.add_row(name, f"{statistics.median(seconds) * 1e3:.1f}", f"{rate:,.0f}", *shares)
+        size = f"{memory[name] / 2**30:.2f}"
+        table.add_row(name, f"{statistics.median(seconds) * 1e3:.1f}", f"{rate:,.0f}", *shares, size)
     ratios = [ours / bare for ours, bare in zip(times["megalemur"], times["bare megatron-core"], strict=True)]
-    memory = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    low, high = median_interval(ratios)
     console = Console()
     console.print(table)
     console.print(
-        f"megalemur / bare megatron-core, {len(ratios)} pairs: median {statistics.median(ratios):.3f}, "
+        f"megalemur / bare megatron-core, {len(ratios)} pairs: median {statistics.median(ratios):.4f}, "
+        f"95 % interval {low:.4f} to {high:.4f}, "
         f"quartiles {' to '.join(f'{q:.3f}' for q in statistics.quantiles(ratios, n=4)[::2])} (bar: 1.02)"
     )
-    console.print(f"peak memory of the process with all of them: {memory / 2**30:.2f} GiB")
 
 
 def main() -> None:
@@ -214,19 +261,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", choices=sorted(WIDTHS), default="small")
     parser.add_argument("--layers", type=int, default=2, help="layers at the width of Llama-2-70B")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=3, help="steps a round")
+    parser.add_argument("--rounds", type=int, default=150)
+    parser.add_argument("--memory-of", choices=NAMES, help="print the peak bytes of this one and nothing else")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    memory = {} if args.memory_of else {name: peak_of_process(name, args) for name in NAMES}
     with tempfile.TemporaryDirectory() as scratch:
         config = run_config(Path(scratch), args.width, args.layers)
-        run = build_run(config, join(config.parallel, timeout_seconds=600))
-        contestants = {
-            "megalemur": megalemur_step(run),
-            "bare megatron-core": bare_step(config),
-            "transformers": transformers_step(config),
-        }
-        report(config, measure(contestants, args.rounds, args.steps))
+        place = join(config.parallel, timeout_seconds=600)
+        seed_step(0, 0, 0, 0)
+        if args.memory_of:
+            print(peak_bytes(place, contestant(args.memory_of, config, place)))
+        else:
+            steps = {name: contestant(name, config, place) for name in NAMES}
+            report(config, measure(steps, args.rounds), memory)
         leave()
 
 

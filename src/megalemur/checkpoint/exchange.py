@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megalemur.checkpoint.errors import CheckpointError
-from megalemur.checkpoint.strict_json import canonical_json, parse_json
+from megalemur.config.strict_json import canonical_json, parse_json
 
 
 class Peers:

@@ -15,8 +15,8 @@ import torch
 from megalemur.checkpoint.exchange import Attempt, Peers
 from megalemur.checkpoint.manifest import FileEntry
 from megalemur.checkpoint.placement import Placed
-from megalemur.checkpoint.strict_json import readable_json
 from megalemur.checkpoint.tensor_file import TensorFileWriter, TensorSpec, file_order
+from megalemur.config.strict_json import readable_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

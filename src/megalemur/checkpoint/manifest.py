@@ -14,7 +14,7 @@ import xxhash
 
 from megalemur.checkpoint.cover import gap, inside, overlapping
 from megalemur.checkpoint.errors import DamagedCheckpoint
-from megalemur.checkpoint.strict_json import canonical_json, parse_json
+from megalemur.config.strict_json import canonical_json, parse_json
 from megalemur.parallel.boxes import Box
 
 FORMAT, VERSION = "megalemur", 1

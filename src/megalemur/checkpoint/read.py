@@ -17,8 +17,8 @@ from megalemur.checkpoint.directory import open_manifest
 from megalemur.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from megalemur.checkpoint.hf_files import INDEX, SINGLE
 from megalemur.checkpoint.manifest import MANIFEST, STATE, Stored, is_plain_path, tensor_key
-from megalemur.checkpoint.strict_json import parse_json
 from megalemur.checkpoint.tensor_file import DTYPES
+from megalemur.config.strict_json import parse_json
 from megalemur.parallel.boxes import Box
 from megalemur.parallel.state import MASTER
 

@@ -35,8 +35,8 @@ from megalemur.checkpoint.manifest import (
     tensor_key,
 )
 from megalemur.checkpoint.placement import Claim, Placed, place, refuse_problems
-from megalemur.checkpoint.strict_json import canonical_json, readable_json
 from megalemur.checkpoint.tensor_file import DTYPE_NAMES, TensorFileWriter, TensorSpec, write_bytes
+from megalemur.config.strict_json import canonical_json, readable_json
 from megalemur.parallel.state import KINDS, MASTER, Piece
 
 _RESERVED = re.compile(r"manifest\.json|trainer|.*\.safetensors(\.index\.json)?")

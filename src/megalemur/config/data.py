@@ -39,7 +39,8 @@ class DataConfig(Section):
     validate_every: NonNegativeInt = 0
     """Steps between validations; 0: never. The last step is always validated when this is set."""
     validation_samples: PositiveInt = 128
-    """Samples a source a validation, always the same ones; rounded up to whole global batches."""
+    """Samples a source a validation, always the same ones; a last global batch is filled up with samples that do not
+    count, so the loss is the same in every layout."""
     document_mask: Literal["none", "intra"] = "none"
     """none: a token attends to the whole window before it. intra: only to its own document, and positions
     start again at each document."""

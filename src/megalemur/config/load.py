@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from megalemur.config.checks import problems_of
+from megalemur.config.presets import PRESETS
 from megalemur.config.run import RunConfig
 
 
@@ -151,10 +152,13 @@ def _sentence(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if message.startswith("Input "):
         message = f"i{message[1:]}"
-    if isinstance(given := error.get("input"), (str, int, float)):
-        message += f" (given: {given!r})"
-    elif given is None:
+    given = error.get("input")
+    if given is None:
         message += " (given: nothing)"
+    elif isinstance(given, bool):
+        message += f" (given: {str(given).lower()})"
+    elif isinstance(given, (str, int, float)):
+        message += f" (given: {given!r})"
     return f"{where}: {message}"
 
 
@@ -222,10 +226,26 @@ def parse_run(text: str, overrides: Sequence[str] = (), origin: str = "run file"
     values = _parse(text, origin)
     if not isinstance(values, dict):
         raise ConfigError(origin, ["a run file is a mapping of sections: run, model, parallel, data …"])
+    written = dict(values["model"]) if isinstance(values.get("model"), dict) else {}
     bad = [problem for override in overrides if (problem := _apply_override(values, override))]
+    bad += _deaf_preset(written, values.get("model"))
     if bad:
         raise ConfigError(origin, bad)
     return _validate(values, origin)
+
+
+def _deaf_preset(written: dict[str, Any], now: Any) -> list[str]:
+    """An override of model.preset that the run file's own fields would leave without effect but for the name."""
+    preset = now.get("preset") if isinstance(now, dict) else None
+    if preset == written.get("preset") or not isinstance(preset, str) or preset not in PRESETS:
+        return []
+    kept = [key for key, value in PRESETS[preset].items() if key in written and now[key] == written[key] != value]
+    if not kept:
+        return []
+    return [
+        f"model.preset={preset} fills in only what the run file leaves out, and it gives "
+        f"{', '.join(f'{key}={written[key]}' for key in kept)}; take them out of the file, or override them too"
+    ]
 
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

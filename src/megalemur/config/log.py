@@ -11,7 +11,7 @@ class ProfilerConfig(Section):
     """A window of steps recorded with torch.profiler, one trace a rank."""
 
     start_step: NonNegativeInt
-    """First step recorded."""
+    """Steps taken before the first recorded one: 10 records from the eleventh on."""
     steps: PositiveInt = 2
     """Steps recorded."""
     ranks: tuple[NonNegativeInt, ...] = (0,)

@@ -10,7 +10,7 @@ from megalemur.config.model import ModelConfig
 from megalemur.config.parallel import ParallelConfig
 from megalemur.config.precision import PrecisionConfig
 from megalemur.generate.sample import Sampling, choose
-from megalemur.generate.tokenizer import load_tokenizer
+from megalemur.generate.tokenizer import load_tokenizer, stop_ids
 from megalemur.model.hf_config import DERIVED_TENSORS, read_hf_config
 from megalemur.model.llama import Llama, build_chunks, model_segments
 from megalemur.model.logits import Decoder
@@ -47,6 +47,7 @@ def generate_text(checkpoint: Path, prompt: str, *, max_tokens: int, sampling: S
         ValueError, CheckpointError: no tokenizer, no model that is a Llama, or a prompt longer than the context.
     """
     tokenizer = load_tokenizer(checkpoint)
+    stops = stop_ids(checkpoint, tokenizer)
     place = join(ParallelConfig(), timeout_seconds=600)
     try:
         bf16 = place.device.type == "cuda"
@@ -58,14 +59,14 @@ def generate_text(checkpoint: Path, prompt: str, *, max_tokens: int, sampling: S
                 f"the prompt is {len(ids)} tokens; it must have 1 to {model.max_position_embeddings - 1} "
                 "(model.max_position_embeddings less one)"
             )
-        added = continue_ids(chunk, ids, min(max_tokens, room), sampling=sampling, seed=seed, eos=tokenizer.eos)
+        added = continue_ids(chunk, ids, min(max_tokens, room), sampling=sampling, seed=seed, stops=stops)
     finally:
         leave()
     return tokenizer.decode(added)
 
 
 def continue_ids(
-    chunk: Llama, ids: list[int], max_tokens: int, *, sampling: Sampling, seed: int, eos: int | None
+    chunk: Llama, ids: list[int], max_tokens: int, *, sampling: Sampling, seed: int, stops: frozenset[int]
 ) -> list[int]:
     """Up to `max_tokens` ids that follow `ids`; keys and values of earlier tokens are kept."""
     device = next(chunk.parameters()).device
@@ -75,7 +76,7 @@ def continue_ids(
     added: list[int] = []
     while True:
         token = int(choose(logits, sampling, generator)[0])
-        if token == eos:
+        if token in stops:
             return added
         added.append(token)
         if len(added) == max_tokens:

@@ -23,8 +23,8 @@ def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator 
         return logits.argmax(dim=-1)
     scaled = logits.float() / sampling.temperature
     if sampling.top_k:
-        smallest_kept = scaled.topk(min(sampling.top_k, scaled.shape[-1]), dim=-1).values[:, -1:]
-        scaled = scaled.masked_fill(scaled < smallest_kept, float("-inf"))
+        likeliest = scaled.topk(min(sampling.top_k, scaled.shape[-1]), dim=-1)
+        scaled = torch.full_like(scaled, float("-inf")).scatter(-1, likeliest.indices, likeliest.values)
     if sampling.top_p < 1:
         scaled = _keep_mass(scaled, sampling.top_p)
     return torch.multinomial(scaled.softmax(dim=-1), 1, generator=generator)[:, 0]

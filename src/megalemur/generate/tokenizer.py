@@ -1,13 +1,16 @@
-"""The tokenizer that lies in a checkpoint, behind two functions."""
+"""The tokenizer that lies in a checkpoint, behind two functions, and the ids that end a text."""
 
 from pathlib import Path
 from typing import Protocol
+
+from megalemur.config.strict_json import parse_json
 
 
 class Tokenizer(Protocol):
     """Text to ids and back."""
 
     eos: int | None
+    """End of a sequence, as the tokenizer itself knows it."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of a prompt, with the beginning-of-sequence id in front where the tokenizer has one."""
@@ -65,3 +68,21 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     if (directory / "tokenizer.json").is_file():
         return HuggingFaceTokenizer(directory / "tokenizer.json")
     raise ValueError(f"{directory} holds neither tokenizer.model nor tokenizer.json; copy the model's tokenizer there")
+
+
+def stop_ids(directory: Path, tokenizer: Tokenizer) -> frozenset[int]:
+    """The tokenizer's end of a sequence, and those of generation_config.json: chat models end a turn with others.
+
+    Raises:
+        ValueError: generation_config.json is there and cannot be used.
+    """
+    stops = set() if tokenizer.eos is None else {tokenizer.eos}
+    path = directory / "generation_config.json"
+    if path.is_file():
+        try:
+            said = parse_json(path.read_bytes()).get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{path} cannot be used: {error}") from None
+        given = said if isinstance(said, list) else [said]
+        stops |= {i for i in given if isinstance(i, int)}
+    return frozenset(stops)

@@ -3,8 +3,6 @@
 Refuses what this Llama cannot compute: other architectures, biases, other activations, unknown rotary types.
 """
 
-import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megalemur.config.model import ModelConfig, RopeScaling
+from megalemur.config.strict_json import parse_json, readable_json
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 
@@ -75,8 +74,8 @@ def read_hf_config(directory: Path) -> HuggingFaceConfig:
     """
     path = Path(directory) / CONFIG_FILE
     try:
-        original = json.loads(path.read_text("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
-    except (OSError, ValueError, RecursionError) as error:
+        original = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be used: {error}") from None
     if not isinstance(original, dict):
         raise ValueError(f"{path} cannot be used: it is no JSON object")
@@ -117,13 +116,13 @@ def hf_config_json(model: ModelConfig, *, dtype: str, source: Mapping[str, Any] 
         values["rope_parameters"] = {**values["rope_parameters"], "rope_theta": model.rope_theta}
     # torch_dtype is for transformers before 4.56
     values |= {"torch_dtype": dtype, "dtype": dtype}
-    return (json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
+    return readable_json(values)
 
 
 def generation_config_json(*, bos_token_id: int | None = 1, eos_token_id: int | None = 2) -> bytes:
     """generation_config.json for a model from scratch: greedy until told otherwise."""
     values = {"_from_model_config": True, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
-    return (json.dumps(values, indent=2) + "\n").encode("utf-8")
+    return readable_json(values)
 
 
 def check_model_matches(config: ModelConfig, hf: HuggingFaceConfig) -> None:
@@ -285,18 +284,3 @@ def _rope_scaling(model: ModelConfig, values: Mapping[str, Any]) -> dict[str, An
 def _dtype_of(values: Mapping[str, Any]) -> str | None:
     # transformers 5 takes `dtype` where both are given
     return values.get("dtype") or values.get("torch_dtype")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
-    for key, value in pairs:
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{key} is beyond a double")
-    return found
-
-
-def _refuse_constant(text: str) -> float:
-    raise ValueError(f"{text} is not a JSON number")

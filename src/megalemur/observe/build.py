@@ -39,7 +39,7 @@ def build_observers(
     if log.memory_snapshot and torch.cuda.is_available():
         observers.append(MemorySnapshot(log.directory / "memory" / f"{file_name}.pickle"))
     if rank == 0:
-        meter = Meter(build_work(config, epoch_samples or {}), rank=rank, device_facts=cuda_memory)
+        meter = Meter(build_work(config, epoch_samples or {}), device_facts=cuda_memory)
         sinks = build_sinks(config, first_step=first_step)
         observers.append(Metrics(meter, sinks, every=log.every, last_step=config.last_step))
     return observers

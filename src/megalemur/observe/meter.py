@@ -48,7 +48,6 @@ class Meter:
         self,
         work: Work,
         *,
-        rank: int,
         device_facts: Callable[[], Mapping[str, int]] = dict,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -56,11 +55,10 @@ class Meter:
 
         Args:
             work: what the run has to do.
-            rank: this process', to find its own time among those of all ranks.
             device_facts: further values of this rank's device, asked at each record.
             clock: monotonic seconds; also counts validation and saving.
         """
-        self._work, self._rank = work, rank
+        self._work = work
         self._device_facts, self._clock = device_facts, clock
         self._window = _Window()
         self._skipped_steps = 0
@@ -73,7 +71,7 @@ class Meter:
             self._settled = (report.step, self._clock())
         window = self._window
         window.tokens += report.tokens
-        window.seconds += self._own_seconds(report)
+        window.seconds += report.seconds
         window.data_seconds += report.data_seconds
         self._skipped_steps += report.skipped
 
@@ -97,6 +95,7 @@ class Meter:
             "skipped": report.skipped,
             "skipped_steps": self._skipped_steps,
             **self._rates(window),
+            "step_seconds": report.seconds,
             **_spread(report),
             "data_seconds": window.data_seconds,
             "samples": report.samples,
@@ -108,9 +107,6 @@ class Meter:
         if window.save_seconds:
             record["save_seconds"] = window.save_seconds
         return record
-
-    def _own_seconds(self, report: StepReport) -> float:
-        return report.rank_seconds[self._rank if len(report.rank_seconds) > 1 else 0]
 
     def _rates(self, window: _Window) -> Record:
         work = self._work
@@ -127,7 +123,7 @@ class Meter:
         assert self._settled is not None, "add the step before its record"
         first, since = self._settled
         steps = report.step - first
-        pace = (self._clock() - since) / steps if steps else self._own_seconds(report)
+        pace = (self._clock() - since) / steps if steps else report.seconds
         return max(0, self._work.last_step - report.step) * pace
 
     def _sources(self, report: StepReport) -> Record:
@@ -141,12 +137,14 @@ class Meter:
 
 
 def _spread(report: StepReport) -> Record:
-    """Step seconds over the ranks that the report knows; the slowest is named."""
+    """Seconds until each rank's gradients were ready, over the ranks; the slowest is named."""
     seconds = report.rank_seconds
+    if not seconds:
+        return {}
     slowest = max(range(len(seconds)), key=seconds.__getitem__)
     return {
-        "step_seconds_min": min(seconds),
-        "step_seconds_mean": sum(seconds) / len(seconds),
-        "step_seconds_max": seconds[slowest],
+        "rank_seconds_min": min(seconds),
+        "rank_seconds_mean": sum(seconds) / len(seconds),
+        "rank_seconds_max": seconds[slowest],
         "slowest_rank": slowest,
     }

@@ -24,10 +24,13 @@ class StepReport:
     """Samples drawn since the beginning of the run."""
     skipped: bool
     """The update was not applied."""
+    seconds: float
+    """The whole step, waiting for data and for other ranks included; about equal on all ranks."""
     data_seconds: float
     """Time this rank waited for its batches."""
-    rank_seconds: Sequence[float]
-    """Seconds of this step on every rank; only this rank's own where the loop did not ask the others."""
+    rank_seconds: Sequence[float] = ()
+    """Seconds that each rank took until its gradients were ready, before it waited for other replicas; empty where the
+    loop did not ask."""
     ledger: Mapping[str, int] = field(default_factory=dict)
     """Samples drawn from each source since the beginning; empty on steps that are not logged."""
     validation: Mapping[str, float] = field(default_factory=dict)

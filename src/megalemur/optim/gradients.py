@@ -1,6 +1,7 @@
 """Gradients over the replicas: megatron-core's DDP around each model chunk, and the hooks its schedules call."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -10,7 +11,11 @@ from megalemur.config.precision import PrecisionConfig
 
 
 def wrap_chunks(
-    chunks: Sequence[torch.nn.Module], parallel: ParallelConfig, precision: PrecisionConfig
+    chunks: Sequence[torch.nn.Module],
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    *,
+    backward_done: Callable[[], None] = lambda: None,
 ) -> list[DistributedDataParallel]:
     """Put each chunk into megatron-core's DDP: contiguous gradient buffers, reduced in buckets.
 
@@ -18,6 +23,7 @@ def wrap_chunks(
         chunks: this rank's model chunks; they share one megatron-core config, which receives the hooks.
         parallel: layout and overlaps.
         precision: width of the gradients.
+        backward_done: called once a step, after this rank's last backward pass and before it waits for its replicas.
     """
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=precision.reduce_grads_in_fp32,
@@ -31,13 +37,19 @@ def wrap_chunks(
     for number, chunk in enumerate(chunks):
         # only the first chunk's reduction has nothing to overlap with: the others still compute behind it
         wrapped.append(DistributedDataParallel(chunk.config, settings, chunk, disable_bucketing=number > 0))
-    _install_hooks(wrapped, parallel)
+    _install_hooks(wrapped, parallel, backward_done)
     return wrapped
 
 
-def _install_hooks(wrapped: Sequence[DistributedDataParallel], parallel: ParallelConfig) -> None:
+def _install_hooks(
+    wrapped: Sequence[DistributedDataParallel], parallel: ParallelConfig, backward_done: Callable[[], None]
+) -> None:
+    def finalize(*args: Any, **kwargs: Any) -> None:
+        backward_done()
+        finalize_model_grads(*args, **kwargs)
+
     config = wrapped[0].config
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = finalize
     if parallel.overlap_grad_reduce:
         syncs = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = syncs if len(wrapped) > 1 else syncs[0]

@@ -9,7 +9,8 @@ from megalemur.config.run import RunConfig
 from megalemur.observe.build import build_observers
 from megalemur.observe.logs import setup_logging
 from megalemur.parallel.groups import Place, check_world, join, leave, world_from_environment
-from megalemur.train.loop import StopRequest, run_loop
+from megalemur.train.agreement import StopRequest
+from megalemur.train.loop import run_loop
 from megalemur.train.setup import build_run, preflight
 
 _log = logging.getLogger(__name__)
@@ -31,13 +32,13 @@ def train(config: RunConfig) -> None:
     preflight(config)
     if config.run.deterministic:
         use_deterministic_kernels()
-    stop = StopRequest()
-    place = join(config.parallel, timeout_seconds=config.run.collective_timeout)
-    setup_logging(place.label, place.rank)
-    try:
-        _train(config, place, stop)
-    finally:
-        leave()
+    with StopRequest() as stop:
+        place = join(config.parallel, timeout_seconds=config.run.collective_timeout)
+        setup_logging(place.label, place.rank)
+        try:
+            _train(config, place, stop)
+        finally:
+            leave()
 
 
 def _train(config: RunConfig, place: Place, stop: StopRequest) -> None:

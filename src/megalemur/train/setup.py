@@ -24,6 +24,7 @@ from megalemur.parallel.state import Piece, Segment, pieces_of
 from megalemur.train.forward import ForwardStep
 from megalemur.train.guard import FiniteGuard
 from megalemur.train.origin import Origin, fill_pieces, find_origin, refuse_changes
+from megalemur.train.pace import ReadyClock
 from megalemur.train.state import RunState
 from megalemur.train.step import Engine, Shape
 
@@ -43,6 +44,7 @@ class Run:
     segments: dict[torch.nn.Parameter, list[Segment]]
     record: dict[str, Any]
     """Facts about this run, as its checkpoints carry them."""
+    clock: ReadyClock
 
     @property
     def portion(self) -> Portion:
@@ -71,7 +73,8 @@ def build_run(config: RunConfig, place: Place) -> Run:
     seed_step(config.run.seed, state.step, place.pp_rank, place.dp_rank)
     chunks = build_chunks(config.model, config.parallel, config.precision)
     segments = model_segments(chunks, config.model)
-    wrapped = wrap_chunks(chunks, config.parallel, config.precision)
+    clock = ReadyClock(place.device)
+    wrapped = wrap_chunks(chunks, config.parallel, config.precision, backward_done=clock.ready)
     optimizer = Optimizer(wrapped, config.optim, config.parallel, config.precision)
     record = build_record(config, backend, optimizer)
     if origin.resumed:
@@ -80,11 +83,11 @@ def build_run(config: RunConfig, place: Place) -> Run:
         chunks=wrapped,
         optimizer=optimizer,
         forward=build_forward(config, place, backend),
-        guard=FiniteGuard(config.run.max_skipped_steps),
+        guard=FiniteGuard(config.run.max_skipped_steps, state.skipped_in_a_row),
         shape=build_shape(config),
         place=place,
     )
-    run = Run(config, place, engine, data, state, origin, segments, record)
+    run = Run(config, place, engine, data, state, origin, segments, record, clock)
     fill_pieces(origin, config, run.pieces(), place.cpu_group)
     optimizer.publish(state.updates)
     return run

@@ -17,6 +17,8 @@ class RunState:
     """Samples drawn."""
     tokens: int = 0
     """Tokens that counted in a loss."""
+    skipped_in_a_row: int = 0
+    """Steps since the last update that was applied: a restart does not give the guard its patience back."""
 
     def to_json(self) -> dict[str, int]:
         """For trainer/state.json."""

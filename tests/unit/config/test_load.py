@@ -57,6 +57,25 @@ def test_an_unknown_preset_is_answered_with_the_known_ones():
     assert "llama2_7b" in said and "llama3_70b" in said
 
 
+def test_a_preset_that_the_run_file_leaves_nothing_to_do_is_refused():
+    resolved = dump_run(parse_run(RUN))
+    (said,) = problems("model.preset=llama2_7b", text=resolved)
+    assert said.startswith(
+        "model.preset=llama2_7b fills in only what the run file leaves out, and it gives num_layers="
+    )
+    one_given = RUN.replace("preset: tiny", "preset: tiny, num_layers: 4")
+    (said,) = problems("model.preset=llama2_7b", text=one_given)
+    assert "it gives num_layers=4; take" in said
+
+
+def test_a_preset_may_be_overridden_with_everything_that_the_run_file_gives():
+    one_given = RUN.replace("preset: tiny", "preset: tiny, num_layers: 4")
+    assert parse_run(RUN, ["model.preset=llama2_7b"]).model.num_layers == 32
+    assert parse_run(one_given, ["model.preset=llama2_7b", "model.num_layers=16"]).model.num_layers == 16
+    resolved = dump_run(parse_run(RUN))
+    assert parse_run(resolved, ["model.preset=tiny", "run.steps=3"]).run.steps == 3
+
+
 REFUSED = {
     "run is given twice": RUN + "run: {name: again, steps: 1}",
     "name is given twice": RUN.replace("name: small", "name: small, name: large"),

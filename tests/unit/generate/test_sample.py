@@ -31,6 +31,12 @@ def test_top_k_keeps_the_k_likeliest_in_proportion():
     assert shares(Sampling(temperature=1.0, top_k=2)) == pytest.approx([0, 2 / 3, 1 / 3, 0], abs=0.03)
 
 
+def test_top_k_keeps_k_where_several_are_equally_likely():
+    even = torch.zeros(2000, 5)
+    drawn = choose(even, Sampling(temperature=1.0, top_k=2), torch.Generator().manual_seed(0))
+    assert len(drawn.unique()) == 2
+
+
 def test_top_k_above_the_vocabulary_keeps_all():
     assert min(shares(Sampling(temperature=1.0, top_k=99))) > 0
 

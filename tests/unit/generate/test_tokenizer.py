@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from megalemur.generate.tokenizer import load_tokenizer
+from megalemur.generate.tokenizer import load_tokenizer, stop_ids
 
 TEXT = "def add(a, b):\n    return a + b\n"
 
@@ -67,3 +67,19 @@ def test_sentencepiece_is_preferred_where_both_lie(tmp_path):
 def test_a_directory_without_tokenizer_says_what_to_do(tmp_path):
     with pytest.raises(ValueError, match=r"holds neither tokenizer\.model nor tokenizer\.json; copy"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(("said", "stops"), [("7", {2, 7}), ("[7, 9]", {2, 7, 9}), ("null", {2})])
+def test_a_text_ends_where_generation_config_says_too(tmp_path, said, stops):
+    tokenizer = load_tokenizer(write_sentencepiece(tmp_path))
+    assert stop_ids(tmp_path, tokenizer) == {2}
+    (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {said}}}')
+    assert stop_ids(tmp_path, tokenizer) == stops
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_broken_generation_config_is_named(tmp_path, text):
+    tokenizer = load_tokenizer(write_sentencepiece(tmp_path))
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"generation_config\.json cannot be used"):
+        stop_ids(tmp_path, tokenizer)

@@ -35,6 +35,7 @@ def report(step: int = 1, **values) -> StepReport:
         "samples": 4 * step,
         "skipped": False,
         "data_seconds": 0.25,
-        "rank_seconds": [2.0],
+        "seconds": 2.0,
+        "rank_seconds": [1.5],
     }
     return StepReport(step=step, **{**usual, **values})

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megalemur.checkpoint.strict_json import canonical_json, parse_json
+from megalemur.config.strict_json import canonical_json, parse_json
 
 
 @pytest.mark.parametrize(

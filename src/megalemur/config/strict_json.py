@@ -1,4 +1,4 @@
-"""JSON as checkpoints use it: no duplicate keys, no NaN or infinity, one canonical spelling."""
+"""JSON as our files and Hugging Face's are read: no duplicate keys, no NaN or infinity. And one canonical spelling."""
 
 import json
 import math

@@ -1,0 +1,63 @@
+"""What all ranks must know before a step that one of them alone cannot know: a signal, a batch that cannot be read."""
+
+import signal
+from collections.abc import Callable
+from types import FrameType
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from megalemur.data.batches import Batch
+from megalemur.data.errors import DataError
+from megalemur.parallel.groups import Place
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class StopRequest:
+    """SIGTERM, SIGINT, SIGUSR1 or SIGUSR2: finish the step, save, leave. Listens inside its `with` block."""
+
+    def __init__(self) -> None:
+        self.heard = False
+
+    def __enter__(self) -> "StopRequest":
+        self._before = {number: signal.signal(number, self._hear) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self.heard = True
+
+
+class Drawn(NamedTuple):
+    """The batches of a step, or why there are none."""
+
+    batches: list[Batch]
+    error: Exception | None = None
+
+
+def draw(read: Callable[[], list[Batch]]) -> Drawn:
+    """Read a step's batches; an error is kept until all ranks know of it."""
+    try:
+        return Drawn(read())
+    except Exception as error:  # whatever it is, the other ranks would wait for this one in a collective
+        return Drawn([], error)
+
+
+def agree(place: Place, stop: StopRequest, drawn: Drawn) -> bool:
+    """Whether any rank was asked to stop. A collective of two bytes, over the host.
+
+    Raises:
+        DataError or what `drawn` holds: on every rank, when one of them could not read its batches.
+    """
+    flags = torch.tensor([stop.heard, drawn.error is not None], dtype=torch.uint8)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=place.cpu_group)
+    if drawn.error is not None:
+        raise drawn.error
+    if flags[1]:
+        raise DataError("another rank could not read its batches; its log says which file and why")
+    return bool(flags[0])
