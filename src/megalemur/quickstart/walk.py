@@ -145,6 +145,7 @@ def train_tokenizer(this: Walk) -> None:
         split_digits=True,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,  # as Llama's: else half of all tokens of code are single spaces
         add_dummy_prefix=True,
         input_sentence_size=40_000,
         shuffle_input_sentence=True,
