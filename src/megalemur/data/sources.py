@@ -4,6 +4,7 @@ Refuses files that are damaged, tokens that the model does not have, and data se
 """
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +16,10 @@ from megalemur.data.indexed import IndexedFile, bin_path
 from megalemur.data.manifest import Manifest, manifest_path, read_manifest
 from megalemur.data.windows import Sample, SampleSource, Windows, read_sample
 
+_log = logging.getLogger(__name__)
+
 _PIECES, _PIECE_TOKENS = 64, 4096
+_TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 
 
 class OpenSource(NamedTuple):
@@ -63,11 +67,11 @@ def open_source(source: SourceConfig, sequence_length: int, *, seed: int | None,
         ValueError: it is too short for one sample.
         DataError: missing, damaged, or of another vocabulary.
     """
-    file = IndexedFile(source.path)
     manifest = read_manifest(source.path)
-    if manifest is not None and manifest.vocab_size > vocab_size:
+    file = _open_file(source.path, manifest)
+    if manifest is not None and manifest.tokenizer.vocab_size > vocab_size:
         raise VocabularyError(
-            f"{manifest_path(source.path)}: made with a tokenizer of {manifest.vocab_size} pieces, more than "
+            f"{manifest_path(source.path)}: made with a tokenizer of {manifest.tokenizer.vocab_size} pieces, more than "
             f"model.vocab_size={vocab_size}; use the tokenizer of the model, or set model.vocab_size"
         )
     last = max(0, file.num_tokens - _PIECE_TOKENS)
@@ -81,14 +85,25 @@ def open_source(source: SourceConfig, sequence_length: int, *, seed: int | None,
     return OpenSource(source, Windows(file, sequence_length, seed=seed), manifest, vocab_size)
 
 
-def _tokenizer_digest(tokenizer: Path) -> str | None:
-    """sha256 of the SentencePiece model at or in `tokenizer`; None where there is none to compare."""
-    model = tokenizer / "tokenizer.model" if tokenizer.is_dir() else tokenizer
-    if not model.is_file():
-        if tokenizer.exists():
-            return None
+def _open_file(prefix: Path, manifest: Manifest | None) -> IndexedFile:
+    """The files of a source; its index is read through unless the manifest vouches for it."""
+    if manifest is None:
+        _log.warning(
+            "%s: no such file: nothing says which tokenizer made the data, and their index is checked as a whole",
+            manifest_path(prefix),
+        )
+        return IndexedFile(prefix)
+    return IndexedFile(prefix, vouched_digest=manifest.digest if manifest.vouches(prefix) else None)
+
+
+def _tokenizer_digests(tokenizer: Path) -> set[str]:
+    """sha256 of the tokenizer file, or of those in a directory: tokenizer.model and tokenizer.json are one tokenizer."""
+    if not tokenizer.exists():
         raise ValueError(f"data.tokenizer={tokenizer}: no such file or directory; give the tokenizer of the sources")
-    return hashlib.sha256(model.read_bytes()).hexdigest()
+    files = [tokenizer]
+    if tokenizer.is_dir():
+        files = [path for name in _TOKENIZER_FILES if (path := tokenizer / name).is_file()]
+    return {hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def check_tokenizers(sources: Sequence[OpenSource], tokenizer: Path | None) -> None:
@@ -100,16 +115,18 @@ def check_tokenizers(sources: Sequence[OpenSource], tokenizer: Path | None) -> N
         ValueError: data.tokenizer does not exist.
         VocabularyError: two sources, or a source and data.tokenizer, differ.
     """
-    wanted, origin = None if tokenizer is None else _tokenizer_digest(tokenizer), f"data.tokenizer={tokenizer}"
+    wanted, origin = set() if tokenizer is None else _tokenizer_digests(tokenizer), f"data.tokenizer={tokenizer}"
     for source in sources:
         if source.manifest is None:
             continue
-        if wanted is None:
-            wanted, origin = source.manifest.tokenizer_sha256, str(manifest_path(source.config.path))
-        if source.manifest.tokenizer_sha256 != wanted:
+        made_with = source.manifest.tokenizer.sha256
+        if not wanted:
+            wanted, origin = {made_with}, str(manifest_path(source.config.path))
+        if made_with not in wanted:
+            has = " and ".join(f"{digest[:16]}…" for digest in sorted(wanted))
             raise VocabularyError(
-                f"{manifest_path(source.config.path)}: made with the tokenizer of sha256 "
-                f"{source.manifest.tokenizer_sha256[:16]}…, but {origin} has {wanted[:16]}…; build one of them again"
+                f"{manifest_path(source.config.path)}: made with the tokenizer of sha256 {made_with[:16]}…, but "
+                f"{origin} has {has}; build one of them again"
             )
 
 

@@ -1,6 +1,5 @@
 """What a run reads: the blend over its sources, its resumes, its validation, and what is refused before a step."""
 
-import hashlib
 from collections import Counter
 from pathlib import Path
 
@@ -12,8 +11,8 @@ from megalemur.data.batches import Portion
 from megalemur.data.errors import DataError, MissingDataError, VocabularyError
 from megalemur.data.feed import build_data
 from megalemur.data.history import History
-from megalemur.data.manifest import Manifest
 from megalemur.data.writer import IndexedWriter
+from tests.support.datasets import manifest_of, tokenizer_record
 
 S, BATCH = 8, 12
 
@@ -23,26 +22,8 @@ def source(directory: Path, name: str, first: int, tokens: int, *, tokenizer: by
     with IndexedWriter(directory / name, vocab_size=1000) as writer:
         for start in range(first, first + tokens, 10):
             writer.add(range(start, min(start + 10, first + tokens)))
-        manifest = None
-        if tokenizer is not None:
-            manifest = Manifest(
-                tokenizer_sha256=hashlib.sha256(tokenizer).hexdigest(),
-                vocab_size=1000,
-                bos_id=None,
-                eos_id=2,
-                unk_id=0,
-                pad_id=None,
-                prepend_bos=False,
-                append_eos=True,
-                documents=writer.num_documents,
-                empty_documents=0,
-                tokens=writer.num_tokens,
-                unknown_tokens=0,
-                dtype="uint16",
-                bin_bytes=2 * writer.num_tokens,
-                idx_bytes=34 + 12 * writer.num_documents + 8 * (writer.num_documents + 1),
-            )
-        writer.commit(manifest=manifest and manifest.model_dump_json().encode())
+        record = tokenizer_record(tokenizer or b"", vocab_size=1000)
+        writer.commit(None if tokenizer is None else lambda written: manifest_of(written, record))
     return directory / name
 
 
