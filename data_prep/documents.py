@@ -1,108 +1,226 @@
-"""Text files as a stream of documents: JSON lines (one document a line) or plain text (one a file).
+"""Units as batches of texts, with what could not be read and where.
 
-Refuses what is not UTF-8, not JSON, or lacks its text, naming file and line.
+A batch is never larger than one document or about a megabyte, so memory is constant.
 """
 
-import glob
-import gzip
 import io
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import IO
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import IO, Any, NamedTuple
 
 import orjson
 
-from data_prep.zstd_stream import ZstdStream
+from data_prep.inputs import Source
+from data_prep.plan import Unit
+from data_prep.streams import DAMAGE, opened
 
-_COMPRESSED = (".gz", ".zst")
+_BATCH_BYTES = 1 << 20
+_ROWS = 128
+_BOM = b"\xef\xbb\xbf"
 
 
-def input_files(inputs: Sequence[str]) -> list[Path]:
-    """All files that the inputs name: a file, a directory (with all below it) or a glob; sorted within each input.
+class Bad(NamedTuple):
+    """A document that cannot be read."""
+
+    line: int | None
+    """Line (or row) from 1, counted from where the unit begins in its source; None: the file as a whole."""
+    reason: str
+
+
+@dataclass
+class Batch:
+    """Some documents of one source."""
+
+    source: int
+    """Its number."""
+    texts: list[str] = field(default_factory=list)
+    lines: list[int | None] = field(default_factory=list)
+    """Where each text stands, as Bad.line."""
+    bad: list[Bad] = field(default_factory=list)
+    lines_read: int = 0
+    """Lines or rows that this batch covers, bad and blank ones too."""
+    size: int = 0
+
+    def add(self, text: str, line: int | None) -> None:
+        """A document."""
+        self.texts.append(text)
+        self.lines.append(line)
+        self.size += len(text) + 64
+
+    @property
+    def full(self) -> bool:
+        """Large enough to be encoded."""
+        return self.size >= _BATCH_BYTES
+
+
+class BadText(ValueError):
+    """The reason why a line or row is no document."""
+
+
+def read_unit(unit: Unit, sources: list[Source], key: str) -> Iterator[Batch]:
+    """The documents of a unit that is no stream, in order."""
+    if unit.kind == "range":
+        yield from _guarded(unit.first, 1, _read_range(unit, sources[unit.first], key))
+    elif unit.kind == "rows":
+        yield from _guarded(unit.first, 1, _read_parquet(sources[unit.first], unit.first, key, unit))
+    else:
+        for number in range(unit.first, unit.last + 1):
+            yield from _guarded(number, None, _read_file(sources[number], number, key))
+
+
+def read_lines(data: bytes, source: int, key: str, *, begins: bool) -> Iterator[Batch]:
+    """The documents of whole JSON lines that lie in memory; `begins`: at the beginning of a file."""
+    yield from _json_batches(io.BytesIO(data), source, key, begins=begins)
+
+
+def _guarded(source: int, line: int | None, batches: Iterator[Batch]) -> Iterator[Batch]:
+    """A file that cannot be opened or decompressed is one bad document, behind those that could be read."""
+    seen = 0
+    try:
+        for batch in batches:
+            seen += batch.lines_read
+            yield batch
+    except DAMAGE as error:
+        yield Batch(source, bad=[Bad(seen + 1 if seen else line, f"cannot be decompressed from here on ({error})")])
+    except OSError as error:
+        if error.errno is None:  # the codecs' own, such as bz2's
+            yield Batch(source, bad=[Bad(seen + 1 if seen else line, f"cannot be decompressed from here on ({error})")])
+        else:
+            yield Batch(source, bad=[Bad(seen + 1 if seen else line, f"cannot be read: {error.strerror}")])
+
+
+def _read_range(unit: Unit, source: Source, key: str) -> Iterator[Batch]:
+    """Lines that begin in [start, stop)."""
+    with source.open() as stream:
+        if unit.start:
+            stream.seek(unit.start - 1)
+            stream.readline()  # the end of a line that began before
+        if stream.tell() < unit.stop:
+            yield from _json_batches(stream, unit.first, key, begins=unit.start == 0, stop=unit.stop)
+
+
+def _read_file(source: Source, number: int, key: str) -> Iterator[Batch]:
+    if source.format == "parquet":
+        return _read_parquet(source, number, key, None)
+    if source.format == "arrow":
+        return _read_arrow(source, number, key)
+    return _read_bytes(source, number, key)
+
+
+def _read_bytes(source: Source, number: int, key: str) -> Iterator[Batch]:
+    with opened(source) as stream:
+        if source.format == "jsonl":
+            yield from _json_batches(stream, number, key, begins=True)
+            return
+        batch = Batch(number, lines_read=1)
+        data = stream.read().removeprefix(_BOM)
+        try:
+            batch.add(data.decode("utf-8"), None)
+        except UnicodeDecodeError as error:
+            line = data.count(b"\n", 0, error.start) + 1
+            reason = f"byte {data[error.start]:#04x} at offset {error.start} is not UTF-8; convert the file"
+            batch.bad.append(Bad(line, reason))
+        yield batch
+
+
+def _json_batches(
+    stream: IO[bytes], source: int, key: str, *, begins: bool, stop: int | None = None
+) -> Iterator[Batch]:
+    """JSON lines from the stream's position to its end, or all that begin before `stop`, after a mark."""
+    batch, at = Batch(source), stream.tell() if stop is not None else 0
+    for number, line in enumerate(stream, 1):
+        batch.lines_read += 1
+        at += len(line)
+        if number == 1 and begins:
+            line = line.removeprefix(_BOM)
+        if not line.isspace():
+            try:
+                batch.add(text_of(line, key), number)
+            except BadText as error:
+                batch.bad.append(Bad(number, str(error)))
+        if batch.full or len(batch.bad) >= 1000:
+            yield batch
+            batch = Batch(source)
+        if stop is not None and at >= stop:
+            break
+    yield batch
+
+
+def text_of(line: bytes, key: str) -> str:
+    """The text of one JSON line.
 
     Raises:
-        ValueError: an input names no file, or two inputs name the same one.
+        BadText: it has none.
     """
-    files: list[Path] = []
-    for text in inputs:
-        path = Path(text)
-        if path.is_dir():
-            found = [below for below in path.rglob("*") if not _hidden(below.relative_to(path))]
-        else:
-            found = [path] if path.exists() else [Path(match) for match in glob.glob(text, recursive=True)]
-        matched = sorted(one for one in found if one.is_file())
-        if not matched:
-            raise ValueError(f"--input {text}: no such file; give a file, a directory with files, or a quoted glob")
-        files += matched
-    seen: set[Path] = set()
-    for file in files:
-        if file.resolve() in seen:
-            raise ValueError(f"--input: {file} is named more than once; its documents would count double")
-        seen.add(file.resolve())
-    return files
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
-    """The file's bytes, decompressed by its ending."""
-    with path.open("rb") as raw:
-        if path.suffix == ".gz":
-            with gzip.GzipFile(fileobj=raw) as stream:
-                yield io.BufferedReader(stream)
-        elif path.suffix == ".zst":
-            yield io.BufferedReader(ZstdStream(raw))
-        else:
-            yield raw
-
-
-def _text_of(line: bytes, key: str, where: str) -> str:
-    """The text of one JSON line."""
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON in UTF-8 ({error}); mend or remove the line") from None
-    if not isinstance(record, dict) or not isinstance(record.get(key), str):
-        there = f"it has {', '.join(map(repr, record)) or 'no keys'}" if isinstance(record, dict) else "no JSON object"
-        raise ValueError(f"{where}: no text under {key!r} ({there}); name the right one with --text-key")
-    return record[key]
+        raise BadText(f"not JSON in UTF-8 ({error})") from None
+    if not isinstance(record, dict):
+        raise BadText("no JSON object")
+    return _checked(record.get(key), key, record)
 
 
-def _plain_text(data: bytes, path: Path) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{path}:{line}: byte {data[error.start]:#04x} at offset {error.start} is not UTF-8; convert the file, or "
-            "leave it out"
-        ) from None
+def _checked(text: Any, key: str, record: Iterable[str]) -> str:
+    if isinstance(text, str):
+        return text
+    if key in record:
+        raise BadText(f"{key!r} is {'null' if text is None else type(text).__name__}, not text")
+    raise BadText(f"no text under {key!r} (it has {', '.join(map(repr, record)) or 'no keys'}); see --text-key")
 
 
-def read_documents(files: Iterable[Path], text_key: str) -> Iterator[str]:
-    """The documents of the files, in order; lines of white space in JSON lines are passed over.
+def _read_parquet(source: Source, number: int, key: str, unit: Unit | None) -> Iterator[Batch]:
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
 
-    Args:
-        files: .jsonl is JSON lines, everything else one document; .gz and .zst are decompressed first.
-        text_key: key of the text in a JSON line.
-
-    Raises:
-        ValueError: file:line, what is wrong there, and what to do.
-    """
-    for path in files:
-        name = path.with_suffix("") if path.suffix in _COMPRESSED else path
+    with source.open() as stream:
         try:
-            with _opened(path) as stream:
-                if name.suffix != ".jsonl":
-                    yield _plain_text(stream.read(), path)
-                    continue
-                for number, line in enumerate(stream, 1):
-                    if line.strip():
-                        yield _text_of(line, text_key, f"{path}:{number}")
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{path}: cannot be decompressed ({error}); copy it again, or leave it out") from None
+            # a buffer makes it read pages one by one, not a whole row group
+            file = parquet.ParquetFile(stream, buffer_size=_BATCH_BYTES)
+            _check_column(key, file.schema_arrow.names)
+            groups = range(file.num_row_groups) if unit is None else range(unit.start, unit.stop)
+            parts = file.iter_batches(batch_size=_ROWS, row_groups=list(groups), columns=[key], use_threads=False)
+            yield from _rows((part.column(0) for part in parts), number, key)
+        except (arrow.ArrowException, BadText) as error:
+            yield Batch(number, bad=[Bad(None, f"no Parquet file with texts: {error}")])
+
+
+def _read_arrow(source: Source, number: int, key: str) -> Iterator[Batch]:
+    import pyarrow as arrow
+
+    with opened(source) as stream:
+        try:
+            data = arrow.PythonFile(stream)
+            try:  # the file format, with an index at its end, or else the stream format
+                reader = arrow.ipc.open_file(data)
+                parts = map(reader.get_batch, range(reader.num_record_batches))
+            except (arrow.ArrowInvalid, io.UnsupportedOperation):
+                data.seek(0)
+                parts = reader = arrow.ipc.open_stream(data)
+            _check_column(key, reader.schema.names)
+            yield from _rows((part.column(key) for part in parts), number, key)
+        except (arrow.ArrowException, BadText) as error:
+            yield Batch(number, bad=[Bad(None, f"no Arrow file with texts: {error}")])
+
+
+def _check_column(key: str, names: list[str]) -> None:
+    if key not in names:
+        raise BadText(f"no column {key!r} (it has {', '.join(map(repr, names))}); see --text-key")
+
+
+def _rows(columns: Iterable[Any], source: int, key: str) -> Iterator[Batch]:
+    batch, number = Batch(source), 0
+    for column in columns:
+        for value in column:
+            number += 1
+            batch.lines_read += 1
+            try:
+                batch.add(_checked(value.as_py(), key, (key,)), number)
+            except BadText as error:
+                batch.bad.append(Bad(number, str(error)))
+            except UnicodeDecodeError as error:
+                batch.bad.append(Bad(number, f"not UTF-8 ({error})"))
+            if batch.full:
+                yield batch
+                batch = Batch(source)
+    yield batch

@@ -1,0 +1,101 @@
+"""The fast engine, where it gives the reference's ids: tried on this input before the build, and again during it."""
+
+import json
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from data_prep.convert import tokenizer_json
+from data_prep.tokenizer import Encoded, HuggingFaceTokenizer
+
+Choice = Literal["auto", "fast", "reference"]
+
+PROBES = (
+    *("", " ", "  ", "a", " a", "  a  ", "\n", "\n\n  x\t", "a\r\nb", "\x00"),
+    *("\u2581", "a\u2581b", "\ufeffx", "\u200b", "e\u0301", "\U0010ffff"),
+    *("<s>", "</s>", "<unk>", "<0x0A>", "<|im_start|>user\n", "[INST] x [/INST]", "<|endoftext|>", "a</s>b"),
+    *("é", "ﬁ", "Ⅷ", "你好，世界", "🙂👩👧", "नमस्ते", "ｆｕｌｌ", "1234567890", "0x7fff"),
+    "def f(x):\n\treturn {'a': [x] * 3}  # ok\n",
+)
+"""Texts on which tokenizers are known to differ."""
+
+
+class Engine(Protocol):
+    """What encodes."""
+
+    name: str
+    """Package and version."""
+
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        """Ids without BOS and EOS."""
+
+
+class Fastokens:
+    """The package fastokens, on this thread alone."""
+
+    def __init__(self, definition: dict[str, Any]):
+        import fastokens
+
+        self.name = f"fastokens {version('fastokens')}"
+        self._model = fastokens.Tokenizer.from_json_str(json.dumps(definition))
+
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        """Ids without BOS and EOS."""
+        ids, offsets = self._model.encode_batch_flat(list(texts), split_special_tokens=True)
+        return Encoded(np.frombuffer(ids, np.uint32), np.diff(np.frombuffer(offsets, np.uint64).astype(np.int64)))
+
+
+def fast_engine(path: Path) -> Fastokens | None:
+    """The fast engine for a tokenizer, or None where it does not know such a tokenizer."""
+    if path.is_dir():
+        path = next(one for name in ("tokenizer.model", "tokenizer.json") if (one := path / name).is_file())
+    if path.suffix == ".json":
+        definition: dict[str, Any] | None = HuggingFaceTokenizer(path, path.read_bytes()).json
+    else:
+        definition = tokenizer_json(path.read_bytes())
+    if definition is None:
+        return None
+    try:
+        return Fastokens(definition)
+    except Exception:  # whatever it says of a tokenizer that it cannot take: there is the reference
+        return None
+
+
+def choose_engine(
+    fast: Engine | None, reference: Engine, choice: Choice, sample: Iterable[str]
+) -> tuple[Literal["fast", "reference"], str]:
+    """(the engine, why): the fast one only if its ids are the reference's on every text of the sample and all probes.
+
+    Args:
+        fast: None where it does not know the tokenizer.
+        reference: what is right.
+        choice: what was asked.
+        sample: texts of the input.
+
+    Raises:
+        ValueError: the fast engine was asked for and does not give the reference's ids.
+    """
+    if choice == "reference":
+        return "reference", f"{reference.name}, as asked"
+    if fast is None:
+        reason = f"fastokens does not know such a tokenizer, so {reference.name} encodes"
+    else:
+        texts = [*PROBES, *sample]
+        different = first_difference(fast, reference, texts)
+        if different is None:
+            return "fast", f"{fast.name} gives {reference.name}'s ids on {len(texts):,} texts, this input's among them"
+        reason = f"{fast.name} gives other ids than {reference.name} for {texts[different][:60]!r}"
+    if choice == "fast":
+        raise ValueError(f"--engine fast: {reason}; use --engine auto or reference")
+    return "reference", reason
+
+
+def first_difference(engine: Engine, reference: Engine, texts: Sequence[str]) -> int | None:
+    """Number of the first text that the two encode differently; None where there is none."""
+    ours, theirs = engine.encode(texts), reference.encode(texts)
+    if np.array_equal(ours.lengths, theirs.lengths) and np.array_equal(ours.ids, theirs.ids):
+        return None
+    return next(k for k in range(len(texts)) if not np.array_equal(ours.text(k), theirs.text(k)))

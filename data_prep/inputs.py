@@ -1,0 +1,149 @@
+"""Which files are the input: paths, directories, globs, URLs of any fsspec file system, standard input.
+
+Refuses what names no file, and files that are named twice.
+"""
+
+import glob
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, Literal, NamedTuple
+
+Format = Literal["jsonl", "text", "parquet", "arrow"]
+
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bz2"}
+_FORMATS: dict[str, Format] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+}
+STDIN = "-"
+
+
+class Source(NamedTuple):
+    """One input file as it was found."""
+
+    name: str
+    """Path, URL, or - for standard input."""
+    format: Format
+    compression: str | None
+    """gzip, zstd, xz or bz2."""
+    bytes: int | None
+    """Size; None where nobody can say."""
+    version: str
+    """What changes when the file does: time of change (ns) or the store's tag; empty where there is none."""
+
+    @property
+    def remote(self) -> bool:
+        """A URL."""
+        return "://" in self.name
+
+    def open(self) -> IO[bytes]:
+        """The file's bytes as they are stored."""
+        if self.name == STDIN:
+            return open(0, "rb", closefd=False)
+        if self.remote:
+            import fsspec
+
+            return fsspec.open(self.name, "rb").open()
+        return open(self.name, "rb", buffering=1 << 18)
+
+    def changed(self) -> str | None:
+        """What about the file is no longer as it was found; None: nothing that can be seen."""
+        if self.bytes is None:
+            return None
+        try:
+            size, version = _look(self.name)
+        except OSError as error:
+            return f"cannot be found any more ({error})"
+        if size != self.bytes:
+            return f"had {self.bytes} bytes and has {size}"
+        return None if version == self.version else "was changed since"
+
+
+def find_inputs(inputs: Sequence[str], format: Format | None = None) -> list[Source]:
+    """All files that the inputs name, sorted within each input; hidden files below directories are passed over.
+
+    Args:
+        inputs: files, directories, globs, URLs, or - for standard input.
+        format: of all of them; None: by their endings, and JSON lines for standard input.
+
+    Raises:
+        ValueError: an input names no file, or two inputs name the same one.
+    """
+    names = [name for text in inputs for name in _names(text)]
+    seen: set[str] = set()
+    for name in names:
+        identity = name if "://" in name or name == STDIN else str(Path(name).resolve())
+        if identity in seen:
+            raise ValueError(f"--input: {name} is named more than once; its documents would count double")
+        seen.add(identity)
+    return [_source(name, format) for name in names]
+
+
+def _names(text: str) -> list[str]:
+    if text == STDIN:
+        return [STDIN]
+    found = sorted(_remote_names(text) if "://" in text else _local_names(text))
+    if not found:
+        raise ValueError(f"--input {text}: no such file; give a file, a directory, a quoted glob, a URL or -")
+    return found
+
+
+def _local_names(text: str) -> Iterator[str]:
+    path = Path(text)
+    if path.is_dir():
+        below = (one for one in path.rglob("*") if not _hidden(one.relative_to(path)))
+    else:
+        # a file whose name looks like a glob is that file
+        below = iter([path] if path.exists() else map(Path, glob.glob(text, recursive=True)))
+    return (str(one) for one in below if one.is_file() or one.is_fifo())
+
+
+def _remote_names(text: str) -> Iterator[str]:
+    system, path = _remote(text)
+    found = system.find(path) if system.isdir(path) else system.glob(path) if glob.has_magic(path) else [path]
+    return (system.unstrip_protocol(one) for one in found if system.isfile(one))
+
+
+def _remote(text: str) -> tuple[Any, str]:
+    from fsspec.core import url_to_fs
+
+    try:
+        return url_to_fs(text)
+    except (ImportError, ValueError) as error:
+        raise ValueError(
+            f"--input {text}: {error}; pip install 'megalemur[remote]' brings s3://, gs:// and hf://"
+        ) from None
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _source(name: str, format: Format | None) -> Source:
+    stem, dot, ending = name.rpartition(".")
+    compression = COMPRESSIONS.get(dot + ending)
+    inner = stem if compression else name
+    chosen = format or _FORMATS.get("." + inner.rpartition(".")[2], "jsonl" if name == STDIN else "text")
+    if name == STDIN or Path(name).is_fifo():
+        if chosen != "jsonl":
+            raise ValueError(f"--input {name}: only JSON lines can be read from a pipe; give a file")
+        return Source(name, chosen, compression, None, "")
+    try:
+        size, version = _look(name)
+    except PermissionError:  # told when it is read, with the other bad documents
+        size, version = None, ""
+    return Source(name, chosen, compression, size, version)
+
+
+def _look(name: str) -> tuple[int | None, str]:
+    """(size, version) of a file now."""
+    if "://" in name:
+        system, path = _remote(name)
+        facts = system.info(path)
+        tag = next((str(facts[key]) for key in ("etag", "ETag", "LastModified", "mtime") if facts.get(key)), "")
+        return facts.get("size"), tag
+    status = Path(name).stat()
+    return status.st_size, str(status.st_mtime_ns)
