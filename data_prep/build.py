@@ -150,6 +150,23 @@ def build(request: Request, console: Console) -> Manifest:
     return manifest
 
 
+def complete_already(request: Request) -> Manifest | None:
+    """The data set that a build finished which was killed while it tidied up; None where there is no such thing."""
+    manifest = read_manifest(request.output)
+    left = Path(f"{request.output}.work")
+    if manifest is None or not left.exists() or not manifest.vouches(request.output):
+        return None
+    same = {key: value for key, value in _arguments(request).items() if key != "workers"}
+    if not same.items() <= dict(manifest.origin.arguments).items():
+        return None
+    work = Work(request.output, 1)
+    if (plan := work.plan()) is not None and _plan_digest(plan) != manifest.plan:
+        work.close()
+        return None
+    work.remove()
+    return manifest
+
+
 def refuse_missing_tokens(request: Request, ready: Ready) -> None:
     """Refuse BOS or EOS of a tokenizer that has none."""
     if request.prepend_bos and ready.record.bos_id is None:
@@ -207,7 +224,7 @@ def begin(request: Request, work: Work, pool: Pool, plan: dict[str, Any]) -> tup
 def _sample(request: Request, plan: dict[str, Any]) -> Iterator[str]:
     """Some texts from all over the input; pipes can be read only once and are left to the checks during the build."""
     sources = [Source(**source) for source in plan["sources"]]
-    units = [unit for unit in (Unit(*unit) for unit in plan["units"]) if sources[unit.first].bytes is not None]
+    units = [unit for unit in (Unit(*unit) for unit in plan["units"]) if sources[unit.first].size is not None]
     step = max(1, len(units) // _SAMPLED_UNITS)
     for unit in units[::step][:_SAMPLED_UNITS]:
         whole = unit._replace(kind="files") if unit.kind == "stream" else unit
@@ -263,7 +280,7 @@ def _tasks(sources: Sequence[Source], units: Sequence[Unit], mine: range, work: 
             if (number, 0) not in work.extents:
                 yield Task(number, unit, None, "")
             continue
-        if _stream_is_done(number, work) and sources[unit.first].bytes is not None:
+        if _stream_is_done(number, work) and sources[unit.first].size is not None:
             continue
         for chunk in chunks_of(sources[unit.first]):
             digest = xxhash.xxh3_128_hexdigest(chunk.data)
@@ -337,15 +354,15 @@ def _finish(
 
     vocab_size = ready.record.vocab_size
     if request.shuffle is None:
-        with IndexedWriter(request.output, vocab_size=vocab_size) as writer:
+        with IndexedWriter(request.output, vocab_size=vocab_size, scratch=work.path / "joined") as writer:
             join_units(work, extents, writer)
             writer.commit(manifest)
         return _read_back(request.output)
     ordered = work.path / "ordered"
-    with IndexedWriter(ordered, vocab_size=vocab_size) as writer:
+    with IndexedWriter(ordered, vocab_size=vocab_size, scratch=work.path / "joined") as writer:
         join_units(work, extents, writer)
         writer.commit()
-    with IndexedWriter(request.output, vocab_size=vocab_size) as writer:
+    with IndexedWriter(request.output, vocab_size=vocab_size, scratch=work.path / "joined") as writer:
         copy_shuffled(IndexedFile(ordered), request.shuffle, writer)
         writer.commit(manifest)
     return _read_back(request.output)
@@ -363,19 +380,26 @@ def _plan_digest(plan: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(orjson.dumps([settings, plan["sources"], plan["units"]]))
 
 
+def _arguments(request: Request) -> dict[str, Any]:
+    return {
+        "input": list(request.inputs),
+        "format": request.format,
+        "text_key": request.text_key,
+        "tokenizer": str(request.tokenizer),
+        "output": str(request.output),
+        "prepend_bos": request.prepend_bos,
+        "append_eos": request.append_eos,
+        "skip_bad": request.skip_bad,
+        "shuffle": request.shuffle,
+        "workers": request.workers,
+    }
+
+
 def _origin(request: Request, plan: dict[str, Any], seconds: dict[str, float]) -> Origin:
     return Origin(
         tool="build_index",
         version=version("megalemur"),
-        arguments={
-            "input": list(request.inputs),
-            "text_key": request.text_key,
-            "tokenizer": str(request.tokenizer),
-            "output": str(request.output),
-            "skip_bad": request.skip_bad,
-            "shuffle": request.shuffle,
-            "workers": request.workers,
-        },
+        arguments=_arguments(request),
         facts={"engine": plan["engine"], "reason": plan["reason"]},
         seconds={stage: round(value, 3) for stage, value in seconds.items()},
         finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.build import Request, build
+from data_prep.build import Request, build, complete_already
 from data_prep.errors import DiskError, PrepError
 from data_prep.join import part_prefix
 from megalemur.data.errors import DataError
@@ -58,7 +58,7 @@ def command(  # noqa: PLR0913 - typer reads the options from the parameters
     append_eos: Annotated[bool, typer.Option(help="End every document with EOS.")] = True,
     prepend_bos: Annotated[bool, typer.Option("--prepend-bos", help="Begin every document with BOS.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="Encoding processes; the result does not depend on it.")] = (
-        os.cpu_count() or 1
+        len(os.sched_getaffinity(0))
     ),
     skip_bad: Annotated[
         int, typer.Option(min=0, metavar="N", help="Leave out up to N documents that cannot be read, and list them.")
@@ -84,8 +84,6 @@ def command(  # noqa: PLR0913 - typer reads the options from the parameters
         which = _part(part, parts, shuffle)
         if which is not None:
             output = part_prefix(output, *which)
-        if idx_path(output).exists() and not overwrite:
-            raise ValueError(f"--output {output}: {idx_path(output)} is there; choose another, or add --overwrite")
         request = Request(
             inputs=inputs,
             format=None if form is FormatChoice.auto else form.value,
@@ -101,12 +99,23 @@ def command(  # noqa: PLR0913 - typer reads the options from the parameters
             shuffle=shuffle,
             restart=restart,
         )
-        manifest = build(request, console)
+        manifest = _complete(request, console, overwrite=overwrite)
         if report is not None:
             _report(output, report, tokenizer)
     except (PrepError, ValueError, DataError, OSError) as error:
         _fail(error)
     console.print(_table(output, manifest, time.monotonic() - began))
+
+
+def _complete(request: Request, console: Console, *, overwrite: bool) -> Manifest:
+    """Build, unless a build was killed when there was nothing left to do but to tidy up."""
+    done = None if overwrite else complete_already(request)
+    if done is not None:
+        return done
+    path = idx_path(request.output)
+    if path.exists() and not overwrite:
+        raise ValueError(f"--output {request.output}: {path} is there; choose another, or add --overwrite")
+    return build(request, console)
 
 
 def _part(part: int | None, parts: int | None, shuffle: int | None) -> tuple[int, int] | None:

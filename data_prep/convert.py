@@ -16,9 +16,9 @@ def tokenizer_json(model: bytes) -> dict[str, Any] | None:
     A pair is merged as early as the score of the piece that it makes is high; of several ways to the same piece, that
     of the older parts comes first (as transformers converts such models).
     """
-    from sentencepiece import sentencepiece_model_pb2
+    from sentencepiece import sentencepiece_model_pb2 as definitions
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = definitions.ModelProto()  # type: ignore[attr-defined]  # made when it is imported
     proto.ParseFromString(model)
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     plain = (

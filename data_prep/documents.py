@@ -126,24 +126,39 @@ def _read_bytes(source: Source, number: int, key: str) -> Iterator[Batch]:
 def _json_batches(
     stream: IO[bytes], source: int, key: str, *, begins: bool, stop: int | None = None
 ) -> Iterator[Batch]:
-    """JSON lines from the stream's position to its end, or all that begin before `stop`, after a mark."""
+    """JSON lines from the stream's position to its end, or all that begin before `stop`.
+
+    Where the stream breaks off, what stands before the break comes first. `begins`: a byte-order mark is no text.
+    """
     batch, at = Batch(source), stream.tell() if stop is not None else 0
-    for number, line in enumerate(stream, 1):
-        batch.lines_read += 1
+    lines = enumerate(stream, 1)
+    broken: Exception | None = None
+    while stop is None or at < stop:
+        try:
+            number, line = next(lines)
+        except StopIteration:
+            break
+        except (*DAMAGE, OSError) as error:
+            broken = error
+            break
         at += len(line)
-        if number == 1 and begins:
-            line = line.removeprefix(_BOM)
-        if not line.isspace():
-            try:
-                batch.add(text_of(line, key), number)
-            except BadText as error:
-                batch.bad.append(Bad(number, str(error)))
+        _add_line(batch, line.removeprefix(_BOM) if begins and number == 1 else line, number, key)
         if batch.full or len(batch.bad) >= 1000:
             yield batch
             batch = Batch(source)
-        if stop is not None and at >= stop:
-            break
     yield batch
+    if broken is not None:
+        raise broken
+
+
+def _add_line(batch: Batch, line: bytes, number: int, key: str) -> None:
+    batch.lines_read += 1
+    if line.isspace():
+        return
+    try:
+        batch.add(text_of(line, key), number)
+    except BadText as error:
+        batch.bad.append(Bad(number, str(error)))
 
 
 def text_of(line: bytes, key: str) -> str:

@@ -18,7 +18,7 @@ from data_prep.inputs import Source
 from data_prep.tokenizer import Tokenizer
 from megalemur.data.indexed import optimal_dtype
 
-_SPOT_CHECK_EVERY = 257  # documents; the reference is about six times as slow, so this costs some two per cent
+_SPOT_CHECK_EVERY = 1021  # documents; the reference is up to fourteen times as slow, so this costs some two per cent
 ALIGNMENT = 8
 
 
@@ -92,16 +92,14 @@ class Encoder:
         self._checks = engine is not reference
         self._forbidden = np.zeros(record.vocab_size, bool)
         self._forbidden[[token for token in reference.control.values() if token != self._unk]] = True
-        self._names = sorted(reference.control, key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, self._names)) or r"(?!)")
+        self._highest_control = max(reference.control.values(), default=-1)
+        names = sorted(reference.control, key=len, reverse=True)
+        # six times as fast as str.count for each name: it looks for their common beginning
+        self._control = re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
     def count_control(self, texts: list[str]) -> Counter[str]:
         """Names of control tokens in the texts."""
-        whole = "\n".join(texts)
-        if len(self._names) <= 16:
-            found = Counter({name: whole.count(name) for name in self._names})
-            return +found
-        return Counter(self._control.findall(whole)) if "<" in whole or "[" in whole else Counter()
+        return Counter(name for text in texts for name in self._control.findall(text))
 
     def encode(self, batch: Batch, seen: int, where: str) -> tuple[np.ndarray, np.ndarray, int]:
         """(tokens in the file's dtype, length of each document that is not empty, unknown tokens).
@@ -119,15 +117,20 @@ class Encoder:
         if self._checks:
             self._spot_check(batch, seen, where)
         ids, lengths = encoded.ids, encoded.lengths[encoded.lengths > 0]
-        if ids.size:
-            highest = int(ids.max())
-            if highest >= self._vocab_size or self._forbidden[ids].any():
-                raise PrepError(
-                    f"{where}: {self.engine.name} gave id {highest} of {self._vocab_size}, or a control token for "
-                    "text; use --engine reference, or another tokenizer"
-                )
-        unknown = int(np.count_nonzero(ids == self._unk)) if self._unk is not None else 0
+        unknown = 0
+        # control tokens usually are the lowest ids: most batches show by their smallest id that they have none
+        if ids.size and (int(ids.max()) >= self._vocab_size or int(ids.min()) <= self._highest_control):
+            self._refuse_control(ids, where)
+            unknown = int(np.count_nonzero(ids == self._unk)) if self._unk is not None else 0
         return self._framed(ids, lengths), (lengths + self._extra).astype(np.int32), unknown
+
+    def _refuse_control(self, ids: np.ndarray, where: str) -> None:
+        highest = int(ids.max())
+        if highest >= self._vocab_size or self._forbidden[ids].any():
+            raise PrepError(
+                f"{where}: {self.engine.name} gave id {highest} of {self._vocab_size}, or a control token for "
+                "text; use --engine reference, or another tokenizer"
+            )
 
     @property
     def _extra(self) -> int:

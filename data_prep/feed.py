@@ -57,6 +57,8 @@ def _pieces(source: Source) -> Iterator[bytes]:
         error = f"cannot be decompressed from here on ({damage})"
     except OSError as damage:
         error = f"cannot be read from here on ({damage.strerror or damage})"
+    if error:  # half a line is part of the damage
+        del rest[rest.rfind(b"\n") + 1 :]
     if rest:
         yield bytes(rest)
     if error:

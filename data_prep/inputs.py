@@ -29,8 +29,8 @@ class Source(NamedTuple):
     format: Format
     compression: str | None
     """gzip, zstd, xz or bz2."""
-    bytes: int | None
-    """Size; None where nobody can say."""
+    size: int | None
+    """Bytes; None where nobody can say."""
     version: str
     """What changes when the file does: time of change (ns) or the store's tag; empty where there is none."""
 
@@ -51,14 +51,14 @@ class Source(NamedTuple):
 
     def changed(self) -> str | None:
         """What about the file is no longer as it was found; None: nothing that can be seen."""
-        if self.bytes is None:
+        if self.size is None:
             return None
         try:
             size, version = _look(self.name)
         except OSError as error:
             return f"cannot be found any more ({error})"
-        if size != self.bytes:
-            return f"had {self.bytes} bytes and has {size}"
+        if size != self.size:
+            return f"had {self.size} bytes and has {size}"
         return None if version == self.version else "was changed since"
 
 
@@ -97,7 +97,8 @@ def _local_names(text: str) -> Iterator[str]:
         below = (one for one in path.rglob("*") if not _hidden(one.relative_to(path)))
     else:
         # a file whose name looks like a glob is that file
-        below = iter([path] if path.exists() else map(Path, glob.glob(text, recursive=True)))
+        matches = [path] if path.exists() else [Path(one) for one in glob.glob(text, recursive=True)]
+        below = (one for one in matches)
     return (str(one) for one in below if one.is_file() or one.is_fifo())
 
 

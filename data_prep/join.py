@@ -88,7 +88,7 @@ def input_records(
     return tuple(
         InputRecord(
             name=sources[number].name,
-            bytes=sources[number].bytes,
+            bytes=sources[number].size,
             mtime_ns=int(sources[number].version) if sources[number].version.isdigit() else None,
             documents=total.documents,
             empty_documents=total.empty,

@@ -34,26 +34,26 @@ class Unit(NamedTuple):
 
 def make_units(sources: Sequence[Source]) -> list[Unit]:
     """All units, in the order of their documents."""
-    total = sum(source.bytes or 0 for source in sources)
+    total = sum(source.size or 0 for source in sources)
     size = min(max(_SMALLEST, total // _UNITS), _LARGEST)
-    large = sum(1 for source in sources if source.compression and (source.bytes or 0) >= STREAM_BYTES)
+    large = sum(1 for source in sources if source.compression and (source.size or 0) >= STREAM_BYTES)
     units: list[Unit] = []
     for number, source in enumerate(sources):
-        if source.bytes is None or (source.compression and large < _FEW and source.bytes >= STREAM_BYTES):
+        if source.size is None or (source.compression and large < _FEW and source.size >= STREAM_BYTES):
             units.append(_whole("stream" if source.format == "jsonl" else "files", number, source))
-        elif source.format == "jsonl" and source.compression is None and source.bytes > size:
-            units += _ranges(number, source.bytes, size)
-        elif source.format == "parquet" and source.bytes > size:
+        elif source.format == "jsonl" and source.compression is None and source.size > size:
+            units += _ranges(number, source.size, size)
+        elif source.format == "parquet" and source.size > size:
             units += _row_groups(number, source, size)
-        elif units and _joins(units[-1], number, source.bytes, size):
-            units[-1] = units[-1]._replace(last=number, weight=units[-1].weight + source.bytes)
+        elif units and _joins(units[-1], number, source.size, size):
+            units[-1] = units[-1]._replace(last=number, weight=units[-1].weight + source.size)
         else:
             units.append(_whole("files", number, source))
     return units
 
 
 def _whole(kind: Literal["files", "stream"], number: int, source: Source) -> Unit:
-    return Unit(kind, number, number, 0, 0, source.bytes or 0)
+    return Unit(kind, number, number, 0, 0, source.size or 0)
 
 
 def _joins(unit: Unit, number: int, size: int, limit: int) -> bool:
@@ -74,7 +74,7 @@ def _row_groups(number: int, source: Source, size: int) -> Iterator[Unit]:
     with source.open() as stream:
         facts = parquet.ParquetFile(stream).metadata
         weights = [facts.row_group(k).total_byte_size for k in range(facts.num_row_groups)]
-    scale = (source.bytes or 0) / max(1, sum(weights))
+    scale = (source.size or 0) / max(1, sum(weights))
     start = 0
     for k in range(1, len(weights) + 1):
         if k == len(weights) or sum(weights[start : k + 1]) * scale > size:

@@ -16,65 +16,64 @@ DAMAGE = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
 """What a damaged compressed file raises while it is read."""
 
 
+_OPENERS = {"gzip": gzip.open, "xz": lzma.open, "bz2": bz2.open}
+
+
 @contextmanager
 def opened(source: Source) -> Iterator[IO[bytes]]:
-    """The file's bytes, decompressed. One of DAMAGE, or OSError, may come while they are read."""
+    """The file's bytes, decompressed. One of DAMAGE, or OSError, may come while they are read, behind all good ones."""
     with source.open() as raw:
-        if source.compression == "gzip":
-            with gzip.GzipFile(fileobj=raw) as stream:
-                yield io.BufferedReader(stream, _READ_BYTES)
-        elif source.compression == "xz":
-            with lzma.LZMAFile(raw) as stream:
-                yield io.BufferedReader(stream, _READ_BYTES)
-        elif source.compression == "bz2":
-            with bz2.BZ2File(raw) as stream:
-                yield io.BufferedReader(stream, _READ_BYTES)
-        elif source.compression == "zstd":
-            yield io.BufferedReader(ZstdStream(raw), _READ_BYTES)
-        else:
+        if source.compression is None:
             yield raw
+        elif source.compression == "zstd":
+            yield io.BufferedReader(_Pieces(_zstd_pieces(raw)), _READ_BYTES)
+        else:
+            opener: Any = _OPENERS[source.compression]
+            with opener(raw) as stream:
+                # read1: unlike read, it does not go on until it meets the damage and then forget what came before
+                yield io.BufferedReader(_Pieces(iter(lambda: stream.read1(_READ_BYTES), b"")), _READ_BYTES)
 
 
-class ZstdStream(io.RawIOBase):
-    """Decompressed bytes of a file of one or more frames."""
+class _Pieces(io.RawIOBase):
+    """Pieces of bytes as a stream."""
 
-    def __init__(self, raw: IO[bytes]):
-        import zstandard
-
-        self._raw, self._new_frame, self._error = raw, zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError
-        self._frame: Any = None
-        self._ready = memoryview(b"")
+    def __init__(self, pieces: Iterator[bytes]):
+        self._pieces, self._ready = pieces, memoryview(b"")
 
     def readable(self) -> bool:
         """Always."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Fill the buffer; 0 at the end.
-
-        Raises:
-            EOFError: the bytes are no whole frames.
-        """
+        """Fill the buffer from one piece; 0 at the end."""
         while not self._ready:
-            data = self._raw.read(_READ_BYTES)
-            if not data:
-                if self._frame is not None:
-                    raise EOFError("the file ends inside a frame")
+            piece = next(self._pieces, None)
+            if piece is None:
                 return 0
-            self._ready = memoryview(self._decompress(data))
+            self._ready = memoryview(piece)
         count = min(len(buffer), len(self._ready))
         buffer[:count], self._ready = self._ready[:count], self._ready[count:]
         return count
 
-    def _decompress(self, data: bytes) -> bytes:
-        """What these bytes give; a frame may end in them and others follow."""
-        found: list[bytes] = []
-        try:
-            while data:
-                self._frame = self._frame or self._new_frame()
-                found.append(self._frame.decompress(data))
-                data = self._frame.unused_data if self._frame.eof else b""
-                self._frame = None if self._frame.eof else self._frame
-        except self._error as error:
-            raise EOFError(str(error)) from None
-        return b"".join(found)
+
+def _zstd_pieces(raw: IO[bytes]) -> Iterator[bytes]:
+    """Decompressed bytes of one or more frames. zstandard's own reader takes a file that ends inside a frame for whole.
+
+    Raises:
+        EOFError: the bytes are no whole frames.
+    """
+    import zstandard
+
+    decompressor = zstandard.ZstdDecompressor()
+    frame: Any = None
+    while data := raw.read(_READ_BYTES):
+        while data:
+            frame = frame or decompressor.decompressobj()
+            try:
+                yield frame.decompress(data)
+            except zstandard.ZstdError as error:
+                raise EOFError(str(error)) from None
+            data = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
+    if frame is not None:
+        raise EOFError("the file ends inside a frame")

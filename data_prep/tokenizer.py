@@ -125,7 +125,7 @@ class HuggingFaceTokenizer:
         )
         for token in (self.record.bos_id, self.record.eos_id):
             if token is not None:
-                self.control[whole.id_to_token(token)] = token
+                self.control[str(whole.id_to_token(token))] = token
         self.byte_ids = np.array([i for text, i in vocabulary.items() if _BYTE.fullmatch(text)], np.int64)
 
     def encode(self, texts: Sequence[str]) -> Encoded:
@@ -193,7 +193,10 @@ def _named_tokens(directory: Path) -> dict[str, str]:
 
 
 def _first_known(vocabulary: dict[str, int], named: str | None, usual: Sequence[str | None]) -> int | None:
-    return next((vocabulary[text] for text in (named, *usual) if text is not None and text in vocabulary), None)
+    for text in (named, *usual):
+        if text is not None and text in vocabulary:
+            return vocabulary[text]
+    return None
 
 
 def _or_none(token: int) -> int | None:

@@ -3,6 +3,7 @@
 They are forked before anything here starts a thread, hold no lock of the parent's, and end when it does.
 """
 
+import gc
 import multiprocessing
 import os
 import queue
@@ -148,6 +149,7 @@ def _work(pipe: Connection, others: list[Connection], tokenizer: Path, choice: C
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
     for other in others:  # else a dead parent's pipes would stay open in its other children
         other.close()
+    gc.disable()  # nothing here makes cycles, and a million small dicts a unit keep the collector busy
     os.environ |= {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
     try:
         _serve(pipe, tokenizer, choice)

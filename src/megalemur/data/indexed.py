@@ -188,7 +188,7 @@ class IndexedFile:
         return self._tokens[start:stop]
 
     def document_bounds(self, first: int, stop: int) -> np.ndarray:
-        """Where documents [first, stop) begin in the stream, and where the last of them ends: [stop - first + 1], int64.
+        """Where documents [first, stop) begin in the stream, and where the last one ends: [stop - first + 1], int64.
 
         Raises:
             IndexError: the range is not within the documents.

@@ -1,8 +1,8 @@
 """PREFIX.manifest.json: what made a data set, and what its files must be. Torch-free.
 
-Refuses a manifest that does not belong to its files. It vouches for files whose size and time of change are those of the
-last verification: that misses whoever changes bytes and sets the time back, and a disk that forgets; `verify_index`
-reads every byte.
+Refuses a manifest that does not belong to its files. It vouches for files whose size and time of change are those of
+the last verification: that misses whoever changes bytes and sets the time back, and a disk that forgets;
+`verify_index` reads every byte.
 """
 
 import os
@@ -121,7 +121,7 @@ class Manifest(_Part):
     format: Literal[1] = 1
     """Version of this file's format."""
     kind: Literal["text"] = "text"
-    """What a document is: plain text. (chat, with an aligned file of loss masks and an index of packs, will be others.)"""
+    """What a document is: plain text. (Chat, with an aligned file of loss masks and an index of packs, comes later.)"""
     tokenizer: TokenizerRecord
     prepend_bos: bool
     """Every document begins with the tokenizer's bos_id."""

@@ -97,7 +97,7 @@ def _open_file(prefix: Path, manifest: Manifest | None) -> IndexedFile:
 
 
 def _tokenizer_digests(tokenizer: Path) -> set[str]:
-    """sha256 of the tokenizer file, or of those in a directory: tokenizer.model and tokenizer.json are one tokenizer."""
+    """sha256 of the tokenizer file, or of those in a directory: its .model and its .json are one tokenizer."""
     if not tokenizer.exists():
         raise ValueError(f"data.tokenizer={tokenizer}: no such file or directory; give the tokenizer of the sources")
     files = [tokenizer]

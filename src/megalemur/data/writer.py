@@ -1,7 +1,9 @@
 """Writes indexed files in constant memory: nothing appears under the final names before everything is on the disk."""
 
+import glob
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -43,19 +45,20 @@ class IndexedWriter:
     A context manager: an exception inside it leaves no file behind, and `commit` is what makes the files appear.
     """
 
-    def __init__(self, prefix: Path | str, *, vocab_size: int):
-        """Open temporary files beside the final ones.
+    def __init__(self, prefix: Path | str, *, vocab_size: int, scratch: Path | None = None):
+        """Open temporary files.
 
         Args:
             prefix: path without the ending; its directory is made.
             vocab_size: ids are 0 <= id < vocab_size; chooses the dtype.
+            scratch: directory for them, on the same file system, emptied first; None: one beside the final files.
         """
         self.prefix = Path(prefix)
         self.vocab_size = vocab_size
         self.dtype = optimal_dtype(vocab_size)
         self.num_tokens = self.num_documents = 0
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._scratch = self.prefix.with_name(f".{self.prefix.name}.{os.getpid()}.tmp")
+        self._scratch = scratch or _own_scratch(self.prefix)
         shutil.rmtree(self._scratch, ignore_errors=True)
         self._scratch.mkdir()
         self._temporary = self._scratch / self.prefix.name
@@ -205,6 +208,16 @@ class IndexedWriter:
         self._lengths.seek(0)
         while data := self._lengths.read(4 * _BLOCK):
             yield np.frombuffer(data, "<i4")
+
+
+def _own_scratch(prefix: Path) -> Path:
+    """A name for this process; what processes of this machine left that were killed is removed."""
+    mine = f".{prefix.name}.{socket.gethostname()}-"
+    for left in prefix.parent.glob(f"{glob.escape(mine)}*.tmp"):
+        pid = left.name.removeprefix(mine).removesuffix(".tmp")
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(left, ignore_errors=True)
+    return prefix.with_name(f"{mine}{os.getpid()}.tmp")
 
 
 def _copy_range(source: int, target: int, start: int, count: int) -> bool:
