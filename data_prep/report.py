@@ -134,7 +134,7 @@ def bars(bins: Sequence[Bin]) -> str:
         tall = (height - below - 24) * one.documents / most
         x, y = left + at * step, height - below - tall
         shapes.append(
-            f'<g><title>{one.label} tokens: {one.documents:,} documents</title>'
+            f"<g><title>{one.label} tokens: {one.documents:,} documents</title>"
             f'<rect x="{x + 1:.1f}" y="{y:.1f}" width="{step - 2:.1f}" height="{tall:.1f}"/>'
             f'<text x="{x + step / 2:.1f}" y="{y - 5:.1f}">{_short(one.documents)}</text>'
             f'<text class="axis" x="{x + step / 2:.1f}" y="{height - below + 15}">{_short(one.shortest)}</text></g>'
