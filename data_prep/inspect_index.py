@@ -130,7 +130,7 @@ def manifest_facts(manifest: Manifest, prefix: Path) -> list[tuple[str, str]]:
         ("vouches", "yes" if manifest.vouches(prefix) else "no: a file changed its time after it was last verified"),
     ]
     if manifest.part is not None:
-        facts.insert(1, ("part", f"{manifest.part[0]} of 0 to {manifest.part[1] - 1}"))
+        facts.insert(1, ("part", f"{manifest.part[0]}, of 0 to {manifest.part[1] - 1}"))
     return facts
 
 
@@ -140,12 +140,13 @@ def _policy(verb: str, token: int | None, used: bool) -> str:
     return f"{verb} every document, id {token}" if used else f"not added (id {token})"
 
 
-def document_numbers(text: str, documents: int) -> Iterator[int]:
+def document_numbers(text: str, documents: int) -> list[range]:
     """Numbers that a list such as 3,10-12 names, ends included.
 
     Raises:
         ValueError: not such a list, or a document that is not there.
     """
+    numbers = []
     for part in text.split(","):
         found = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
         if not found:
@@ -156,7 +157,8 @@ def document_numbers(text: str, documents: int) -> Iterator[int]:
         if last >= documents:
             there = f"there are {documents}, from 0 to {documents - 1}" if documents else "there is none"
             raise ValueError(f"--documents {text}: no document {last}; {there}")
-        yield from range(first, last + 1)
+        numbers.append(range(first, last + 1))
+    return numbers
 
 
 def check_ids(ids: np.ndarray, vocab_size: int, where: str) -> None:
@@ -283,7 +285,9 @@ def _search(viewer: Viewer, numbers: Iterable[int], *, text: str, limit: int) ->
         viewer.show(number, at)
         found += 1
     end = f", there may be more: raise --limit {limit}" if found == limit else ""
-    viewer.console.print(Text(f"{found} documents with {visible(text)!r}{end}"), soft_wrap=True)
+    viewer.console.print(
+        Text(f"{found} {'document' if found == 1 else 'documents'} with {visible(text)!r}{end}"), soft_wrap=True
+    )
 
 
 def warn_of_another_tokenizer(tokenizer: Tokenizer, manifest: Manifest | None) -> str | None:
@@ -316,11 +320,12 @@ def command(
         if known is not None and (warning := warn_of_another_tokenizer(known, manifest)):
             typer.echo(warning, err=True)
         viewer = Viewer(Console(), file, known, max_tokens, ids)
-        named = document_numbers(documents, file.num_documents) if documents is not None else range(file.num_documents)
+        every = [range(file.num_documents)]
+        named = every if documents is None else document_numbers(documents, file.num_documents)
         if search is not None:
-            _search(viewer, named, text=search, limit=limit)
+            _search(viewer, itertools.chain(*named), text=search, limit=limit)
         else:
-            for number in named:
+            for number in itertools.chain(*named):
                 viewer.show(number)
     except (ValueError, DataError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
