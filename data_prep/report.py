@@ -50,6 +50,7 @@ h2 { font-size: 1.2rem; margin-top: 2.5rem; border-bottom: 1px solid var(--line)
 h3 { font-size: 1rem; margin: 1.5rem 0 .4rem; }
 .warning { border-left: 4px solid #d1242f; padding-left: .8rem; overflow-wrap: anywhere; }
 .pair { display: grid; gap: 0 2.5rem; grid-template-columns: repeat(auto-fit, minmax(min(21rem, 100%), 1fr)); }
+.halves { display: grid; gap: 0 2.5rem; grid-template-columns: repeat(auto-fit, minmax(min(34rem, 100%), 1fr)); }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; vertical-align: top; padding: .2rem .7rem .2rem 0; border-bottom: 1px solid var(--line);
@@ -65,10 +66,10 @@ pre, .tokens { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid
 .tokens span:nth-child(4n+2) { background: var(--t2); }
 .tokens span:nth-child(4n+3) { background: var(--t3); }
 .tokens span:nth-child(4n) { background: var(--t4); }
-.chart { display: block; width: 100%; max-width: 900px; }
+.chart { display: block; width: 100%; max-width: 900px; margin-top: 1rem; }
 .chart rect, .share rect { fill: var(--bar); }
 .chart path { stroke: var(--line); }
-.chart text { fill: var(--ink); font-size: 11px; text-anchor: middle; }
+.chart text { fill: var(--ink); font-size: 13px; text-anchor: middle; }
 .chart .axis { fill: var(--quiet); }
 .share { width: 6rem; height: .6rem; }
 summary { cursor: pointer; color: var(--quiet); }
@@ -184,8 +185,8 @@ def bars(bins: Sequence[Bin]) -> str:
             f'<text class="axis" x="{x + step / 2:.1f}" y="{height - below + 15}">{_short(one.shortest)}</text></g>'
         )
     return (
-        f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="Documents by length">{"".join(shapes)}'
-        f'<path d="M{left} {height - below}H{width - left}"/>'
+        f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="Documents by length">'
+        f'{"".join(shapes)}<path d="M{left} {height - below}H{width - left}"/>'
         f'<text class="axis" x="{width / 2}" y="{height - 3}">tokens in a document, at least</text></svg>'
     )
 
@@ -232,9 +233,15 @@ def facts(rows: Iterable[tuple[str, str]]) -> str:
     return f'<div class="wide"><table class="facts"><tbody>\n{body}</tbody></table></div>'
 
 
+def _summary(file: IndexedFile, manifest: str) -> str:
+    header = f"<div>\n<h3>Files</h3>\n{facts(header_facts(file))}\n</div>"
+    return f'<div class="halves">\n{header}\n<div>\n<h3>Manifest</h3>\n{manifest}\n</div>\n</div>'
+
+
 def _lengths(file: IndexedFile) -> str:
     lengths = Lengths(file)
-    return f"{bars(lengths.bins())}\n<h3>Tokens a document</h3>\n{facts(lengths.percentiles())}"
+    percentiles = f"<div>\n<h3>Tokens a document</h3>\n{facts(lengths.percentiles())}\n</div>"
+    return f'<div class="halves">\n<div>{bars(lengths.bins())}</div>\n{percentiles}\n</div>'
 
 
 def _inputs(inputs: Sequence[InputRecord]) -> str:
@@ -335,7 +342,7 @@ def page(file: IndexedFile, manifest: Manifest | None, tokenizer: Tokenizer) -> 
     counts = count_tokens(file, tokenizer.record.vocab_size)
     made = "<p>There is no manifest: nothing is known of what made the data set.</p>"
     sections = {
-        "Summary": facts(header_facts(file)) + (facts(manifest_facts(manifest, file.prefix)) if manifest else made),
+        "Summary": _summary(file, facts(manifest_facts(manifest, file.prefix)) if manifest else made),
         "Documents by length": _lengths(file),
         "Bytes a token": _inputs(manifest.inputs) if manifest and manifest.inputs else "<p>No input is known.</p>",
         "Tokens": _tokens(counts, tokenizer),
