@@ -51,6 +51,7 @@ h3 { font-size: 1rem; margin: 1.5rem 0 .4rem; }
 .warning { border-left: 4px solid #d1242f; padding-left: .8rem; overflow-wrap: anywhere; }
 .pair { display: grid; gap: 0 2.5rem; grid-template-columns: repeat(auto-fit, minmax(min(21rem, 100%), 1fr)); }
 .halves { display: grid; gap: 0 2.5rem; grid-template-columns: repeat(auto-fit, minmax(min(34rem, 100%), 1fr)); }
+.halves h3 { margin-top: .8rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; vertical-align: top; padding: .2rem .7rem .2rem 0; border-bottom: 1px solid var(--line);
@@ -347,8 +348,8 @@ def page(file: IndexedFile, manifest: Manifest | None, tokenizer: Tokenizer) -> 
         "Bytes a token": _inputs(manifest.inputs) if manifest and manifest.inputs else "<p>No input is known.</p>",
         "Tokens": _tokens(counts, tokenizer),
         "Exact duplicates": _repeats(file, tokenizer),
-        "Bad documents": _bad(manifest) if manifest else made,
         "Sample documents": _samples(file, tokenizer),
+        "Bad documents": _bad(manifest) if manifest else made,
     }
     warning = warn_of_another_tokenizer(tokenizer, manifest)
     body = f'<p class="warning">{escape(warning)}</p>\n' if warning else ""
