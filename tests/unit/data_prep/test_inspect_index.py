@@ -14,7 +14,7 @@ from data_prep.inspect_index import Lengths, Viewer, document_numbers, find, vis
 from data_prep.tokenizer import load_tokenizer
 from megalemur.data.indexed import IndexedFile, bin_path
 from megalemur.data.manifest import BadDocument, InputRecord, manifest_path
-from tests.support.datasets import MODEL, write_dataset
+from tests.support.datasets import MODEL, tokenizer_record, write_dataset
 
 ROOT = Path(__file__).parents[3]
 TEXTS = ["Lemurs live on Madagascar.", "def f(x):\n\treturn x\n", "red \x1b[31m alert", "Lemurs leap. " * 50]
@@ -199,7 +199,7 @@ def test_another_tokenizer_is_warned_of_and_unknown_ids_are_refused(tmp_path):
     write_dataset(tmp_path / "a", [[5, 2]])
     result = command(tmp_path / "a", "--tokenizer", MODEL, "--documents", "0")
     assert result.exit_code == 0 and result.stderr.startswith("warning: --tokenizer has sha256")
-    write_dataset(tmp_path / "b", [[5, 2], [40000, 2]])
+    write_dataset(tmp_path / "b", [[5, 2], [40000, 2]], tokenizer_record(vocab_size=50000))
     for arguments in (("--documents", "1"), ("--search", "a")):
         result = command(tmp_path / "b", "--tokenizer", MODEL, *arguments)
         assert result.exit_code == 1
