@@ -86,7 +86,7 @@ class Repeats:
     in which either all copies of a document are, or none.
     """
 
-    def __init__(self, limit: int = _DIGESTS):
+    def __init__(self, limit: int):
         self._limit = limit
         self.halvings = 0
         """The sample is one in 2 ** halvings of the distinct documents."""
@@ -157,9 +157,9 @@ def count_tokens(file: IndexedFile, vocab_size: int) -> np.ndarray:
     return counts
 
 
-def find_repeats(file: IndexedFile, limit: int = _DIGESTS) -> Repeats:
+def find_repeats(file: IndexedFile) -> Repeats:
     """Exact duplicates among the documents of a file."""
-    repeats = Repeats(limit)
+    repeats = Repeats(_DIGESTS)
     for first in range(0, file.num_documents, _DOCUMENTS):
         bounds = file.document_bounds(first, min(first + _DOCUMENTS, file.num_documents)).tolist()
         tokens = memoryview(file.tokens(bounds[0], bounds[-1]).view(np.uint8))
