@@ -162,7 +162,7 @@ def find_repeats(file: IndexedFile) -> Repeats:
     repeats = Repeats(_DIGESTS)
     for first in range(0, file.num_documents, _DOCUMENTS):
         bounds = file.document_bounds(first, min(first + _DOCUMENTS, file.num_documents)).tolist()
-        tokens = memoryview(file.tokens(bounds[0], bounds[-1]).view(np.uint8))
+        tokens = file.tokens(bounds[0], bounds[-1]).view(np.uint8).data
         ends = [(bound - bounds[0]) * file.dtype.itemsize for bound in bounds]
         digests = b"".join(xxhash.xxh3_128_digest(tokens[start:stop]) for start, stop in itertools.pairwise(ends))
         repeats.add(np.frombuffer(digests, ">u8").reshape(-1, 2).astype(np.uint64), first)

@@ -205,6 +205,12 @@ def test_a_sample_of_duplicates_holds_all_copies_or_none():
     assert 0.8 * expected < repeats.documents < 1.2 * expected
 
 
+def test_digests_that_share_their_first_half_are_told_apart():
+    repeats = Repeats(limit=10)
+    repeats.add(np.array([[1, 1], [1, 2], [2, 1], [1, 2]], np.uint64), 0)
+    assert repeats.copies == 1 and repeats.most(10) == [(2, 1)]
+
+
 def test_a_sample_is_said_to_be_one(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(report, "_DIGESTS", 20)
     write_dataset(tmp_path / "a", [[k, 2] for k in range(3, 203)], tokenizer.record)
