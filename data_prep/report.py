@@ -30,7 +30,7 @@ from megalemur.data.manifest import InputRecord, Manifest, read_manifest, write_
 
 _BLOCK = 1 << 20  # tokens counted together
 _DOCUMENTS = 1 << 16  # documents digested together
-_DIGESTS = 5_000_000  # distinct documents told apart at once: 160 MB, and thrice that while they are sorted
+_DIGESTS = 5_000_000  # distinct documents told apart at once: 0.8 GB while they are sorted
 _PENDING = 1_000_000  # documents sorted in at once
 _INPUTS, _TOKENS, _BAD, _REPEATED = 50, 50, 100, 10  # rows of the tables
 _SAMPLES, _SAMPLE_TOKENS = 6, 300
@@ -70,7 +70,7 @@ pre, .tokens { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid
 .chart { display: block; width: 100%; max-width: 900px; margin-top: 1rem; }
 .chart rect, .share rect { fill: var(--bar); }
 .chart path { stroke: var(--line); }
-.chart text { fill: var(--ink); font-size: 13px; text-anchor: middle; }
+.chart text { fill: var(--ink); text-anchor: middle; }
 .chart .axis { fill: var(--quiet); }
 .share { width: 6rem; height: .6rem; }
 summary { cursor: pointer; color: var(--quiet); }
@@ -173,32 +173,33 @@ def bars(bins: Sequence[Bin]) -> str:
     """A bar chart of documents by length, as SVG."""
     if not bins:
         return "<p>There is no document.</p>"
-    width, height, left, below = 760, 240, 10, 34
-    step, most = (width - 2 * left) / len(bins), max(one.documents for one in bins)
+    width, floor = 760, 206
+    step, most = min(60.0, width / len(bins)), max(one.documents for one in bins)
     shapes = []
     for at, one in enumerate(bins):
-        tall = (height - below - 24) * one.documents / most
-        x, y = left + at * step, height - below - tall
+        x, middle, tall = at * step, (at + 0.5) * step, 182 * one.documents / most
         shapes.append(
             f"<g><title>{one.label} tokens: {one.documents:,} documents</title>"
-            f'<rect x="{x + 1:.1f}" y="{y:.1f}" width="{step - 2:.1f}" height="{tall:.1f}"/>'
-            f'<text x="{x + step / 2:.1f}" y="{y - 5:.1f}">{_short(one.documents)}</text>'
-            f'<text class="axis" x="{x + step / 2:.1f}" y="{height - below + 15}">{_short(one.shortest)}</text></g>'
+            f'<rect x="{x + 1:.1f}" y="{floor - tall:.1f}" width="{step - 2:.1f}" height="{tall:.1f}"/>'
+            f'<text x="{middle:.1f}" y="{floor - tall - 5:.1f}">{_short(one.documents, 1000)}</text>'
+            f'<text class="axis" x="{middle:.1f}" y="{floor + 15}">{_short(one.shortest, 1024)}</text></g>'
         )
+    size = min(13.0, step / 2.8)  # room for four characters a bar
     return (
-        f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="Documents by length">'
-        f'{"".join(shapes)}<path d="M{left} {height - below}H{width - left}"/>'
-        f'<text class="axis" x="{width / 2}" y="{height - 3}">tokens in a document, at least</text></svg>'
+        f'<svg class="chart" viewBox="0 0 {width} 240" font-size="{size:.1f}" role="img" '
+        f'aria-label="Documents by length">{"".join(shapes)}<path d="M0 {floor}H{width}"/>'
+        f'<text class="axis" x="{width / 2}" y="{floor + 31}">tokens in a document, at least (K: 1,024)</text></svg>'
     )
 
 
-def _short(number: int) -> str:
-    """1,234,567 as 1.2M."""
-    for size, letter in ((10**9, "G"), (10**6, "M"), (10**4, "k")):
-        if number >= size:
-            divisor = 1000 if letter == "k" else size
-            return f"{number / divisor:.1f}".removesuffix(".0") + letter
-    return f"{number}"
+def _short(number: int, thousand: int) -> str:
+    """A number in four characters: 9876, 12k, 3.4M; K, with 1,024 for a thousand, are powers of two."""
+    if number < (10_000 if thousand == 1000 else 1024):
+        return f"{number}"
+    power = 1 if number < thousand**2 else 2 if number < thousand**3 else 3
+    size = number / thousand**power
+    text = f"{size:.0f}" if size >= 9.95 else f"{size:.1f}".removesuffix(".0")
+    return text + ("KMG" if thousand == 1024 else "kMG")[power - 1]
 
 
 def _text(value: object) -> str:

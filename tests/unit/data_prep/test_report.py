@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from data_prep import report
+from data_prep.inspect_index import Bin
 from data_prep.report import Repeats, count_tokens, find_repeats, write_report
 from data_prep.tokenizer import load_tokenizer
 from megalemur.data.errors import MissingDataError
@@ -162,6 +163,14 @@ def test_the_page_stands_alone(written):
     assert not re.search(r"@import|url\(", text.split("</style>")[0])
     assert "default-src 'none'" in text and "prefers-color-scheme: dark" in text
     assert [path.name for path in written.parent.iterdir()] == ["report.html"]
+
+
+def test_bars_are_as_tall_as_what_they_count():
+    chart = report.bars([Bin(512, 1023, 10), Bin(1024, 2047, 12_345), Bin(2048, 4095, 0)])
+    heights = [float(height) for height in re.findall(r'<rect [^>]*height="([\d.]+)"', chart)]
+    assert heights[1] > 0 and heights[0] == pytest.approx(heights[1] * 10 / 12_345, abs=0.06) and heights[2] == 0
+    assert re.findall(r">([^<>]+)</text>", chart)[:-1] == ["10", "512", "12k", "1K", "0", "2K"]
+    assert "1,024 to 2,047 tokens: 12,345 documents" in chart
 
 
 def test_a_page_on_long_documents_stays_small(tmp_path, tokenizer):
