@@ -269,7 +269,7 @@ def _tokens(counts: np.ndarray, tokenizer: Tokenizer) -> str:
     spelled = f"{fallen:,} of {int(counts.sum()):,} tokens, {fallen / total:.2%}"
     used = [
         ("ids in use", f"{np.count_nonzero(counts):,} of {len(counts):,}"),
-        ("byte fallback", spelled if len(tokenizer.byte_ids) else "the tokenizer has no tokens for single bytes"),
+        ("byte fallback", spelled if len(tokenizer.byte_ids) else "the tokenizer never falls back to bytes"),
         *((f"{name} (id {token})", f"{int(counts[token]):,}") for name, token in tokenizer.control.items()),
     ]
     order = [int(token) for token in np.argsort(-counts, kind="stable")[:_TOKENS] if counts[token]]

@@ -27,9 +27,13 @@ def tokenizer():
 
 @pytest.fixture
 def prefix(tmp_path, tokenizer):
-    encoded = tokenizer.encode(TEXTS)
-    documents = [[*encoded.text(k).tolist(), 2] for k in range(len(TEXTS))]
+    documents = [[*ids, 2] for ids in encoded(tokenizer, TEXTS)]
     return write_dataset(tmp_path / "set", documents, tokenizer.record)
+
+
+def encoded(tokenizer, texts) -> list[list[int]]:
+    ids = tokenizer.encode(texts)
+    return [ids.text(k).tolist() for k in range(len(texts))]
 
 
 def command(*arguments):
@@ -204,6 +208,19 @@ def test_another_tokenizer_is_warned_of_and_unknown_ids_are_refused(tmp_path):
         result = command(tmp_path / "b", "--tokenizer", MODEL, *arguments)
         assert result.exit_code == 1
         assert "document 1: holds id 40000, but --tokenizer knows 0 to 31999" in result.stderr
+
+
+def test_a_byte_level_tokenizer_shows_its_pieces_and_the_text(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    model = tokenizers.Tokenizer(tokenizers.models.BPE({piece: k for k, piece in enumerate(sorted(alphabet))}, []))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    model.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    write_dataset(tmp_path / "a", encoded(tokenizer, ["x\n y🦊"]), tokenizer.record)
+    output = shown(tmp_path / "a", "--tokenizer", tmp_path / "tokenizer.json", "--search", "🦊")
+    assert "x|Ċ|Ġ|y|ð|Ł|¦|Ĭ\n" in output and "text:\nx\n y🦊\n" in output
 
 
 def test_it_runs_by_path_and_without_torch(prefix):

@@ -109,7 +109,7 @@ def browsed(written, tmp_path_factory):
     flags = ("--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--user-data-dir={home}")
     line = [CHROMIUM, *flags, "--dump-dom", written.as_uri()]
     done = subprocess.run(line, capture_output=True, text=True, timeout=60)
-    if done.returncode or "<section" not in done.stdout:
+    if done.returncode:
         pytest.skip(f"Chromium does not start here: {done.stderr[-300:]}")
     return Page(done.stdout), done.stderr
 
