@@ -6,7 +6,7 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet --quiet
 STAMP := $(VENV)/.installed
 TRANSFORMERS4 := $(VENV)/transformers4
 
-.PHONY: help setup quickstart test test-gpu check bench-train bench-gpu clean
+.PHONY: help setup quickstart test test-gpu check bench-train bench-data bench-gpu faults fuzz clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -39,8 +39,21 @@ check: setup  ## linters, types, architecture
 bench-train: setup  ## a training step beside a bare megatron-core loop and transformers
 	$(BIN)/python -W ignore benchmarks/train_step.py
 
+bench-data: setup  ## the preprocessor beside a pool, its engine and cp; its memory; opening its data
+	$(BIN)/python -W ignore benchmarks/data_prep.py
+	$(BIN)/python -W ignore benchmarks/data_prep.py memory --megabytes 2000
+	$(BIN)/python -W ignore benchmarks/data_prep.py memory --documents 30000000
+	$(BIN)/python -W ignore benchmarks/data_prep.py memory --megabytes 10000
+
 bench-gpu: setup  ## the same on a GPU, at the width of Llama-2-70B
 	$(BIN)/python -W ignore benchmarks/train_step.py --width 70b
+
+faults: setup  ## a thousand kills of builds: no byte may change
+	$(BIN)/python -m tests.faults.kill_builds --kills 1000
+
+fuzz: setup  ## a million mutated indexes, 50,000 strings through the fast engine: typed errors, equal ids
+	$(BIN)/python -m tests.faults.fuzz_index --mutations 1000000
+	$(BIN)/python -m tests.faults.fuzz_tokens --strings 50000
 
 clean:  ## remove what runs left behind, not the environment
 	rm -rf out .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

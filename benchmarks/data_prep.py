@@ -27,6 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
+# run by path, this file would stand for the package of the same name
+sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path).resolve() != Path(__file__).parent)]
 WORKERS = 2
 console = Console()
 

@@ -112,6 +112,11 @@ class HuggingFaceTokenizer:
         self._model = tokenizers.Tokenizer.from_str(json.dumps(self.json))
         self._whole = whole
         vocabulary = whole.get_vocab(with_added_tokens=True)
+        moved = [
+            one["content"] for one in self.json["added_tokens"] if self._model.token_to_id(one["content"]) != one["id"]
+        ]
+        if moved:
+            raise ValueError(f"the added token {moved[0]!r} has another id than the file says")
         named = _named_tokens(path.parent)
         self.name = f"tokenizers {tokenizers.__version__}"
         self.record = TokenizerRecord(
@@ -142,18 +147,26 @@ class HuggingFaceTokenizer:
 
 
 def without_control(tokenizer: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
-    """A tokenizer.json that does not know its control tokens, and these: text to id.
+    """A tokenizer.json that finds no control tokens in text, and these: text to id.
 
-    Added tokens that are special, or written like control tokens, are taken out; others (runs of spaces and the like)
-    are part of the vocabulary and stay.
+    Added tokens that are special, or written like control tokens, are no longer found; others (runs of spaces and the
+    like) are part of the vocabulary and stay. Those that the model's own vocabulary has are taken out; one that exists
+    as added token alone gets a name that no text has, for without it the ids of all behind it would move up.
     """
     added = tokenizer.get("added_tokens") or []
+    vocabulary = tokenizer.get("model", {}).get("vocab", {})
     control = {
         str(one["content"]): int(one["id"])
         for one in added
         if one.get("special") or _LOOKS_LIKE_CONTROL.fullmatch(str(one["content"]))
     }
-    kept = [one for one in added if str(one["content"]) not in control]
+    kept = []
+    for one in added:
+        name = str(one["content"])
+        if name not in control:
+            kept.append(one)
+        elif name not in vocabulary:
+            kept.append({**one, "content": f"\ufdd0{hashlib.sha256(name.encode()).hexdigest()}\ufdd0"})
     return {**tokenizer, "added_tokens": kept, "post_processor": None, "truncation": None, "padding": None}, control
 
 
