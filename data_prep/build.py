@@ -29,7 +29,8 @@ from megalemur.data.indexed import IndexedFile, optimal_dtype
 from megalemur.data.manifest import BadDocument, Manifest, Origin, read_manifest
 from megalemur.data.writer import IndexedWriter, Written
 
-_SAMPLED_UNITS, _SAMPLED_TEXTS, _SAMPLED_CHARACTERS = 8, 16, 1 << 15
+# several batches in a row: an engine whose cache degenerates shows it only after some tens of thousands of words
+_SAMPLED_UNITS, _SAMPLED_BATCHES = 2, 4
 
 
 class Request(NamedTuple):
@@ -201,7 +202,7 @@ def begin(request: Request, work: Work, pool: Pool, plan: dict[str, Any]) -> tup
     """
     begun = None if request.restart else work.plan()
     if begun is None:
-        engine, reason = pool.choose(_sample(request, plan))
+        engine, reason = pool.choose(request.engine, _sample(request, plan))
         plan |= {"engine": engine, "reason": reason}
         work.begin(plan)
         return plan, reason
@@ -211,26 +212,25 @@ def begin(request: Request, work: Work, pool: Pool, plan: dict[str, Any]) -> tup
             f"{work.path} was begun with the {begun['engine']} engine, which never changes within a build; "
             "leave out --engine, or throw the begun build away with --restart"
         )
-    engine, reason = pool.choose(_sample(request, plan))
-    if engine != begun["engine"]:
+    try:
+        pool.choose(begun["engine"], _sample(request, plan))
+    except ValueError as error:
         raise ChangedError(
-            f"{work.path} was begun with the {begun['engine']} engine, and now: {reason}; the engine never changes "
+            f"{work.path} was begun with the {begun['engine']} engine, and now {error}; the engine never changes "
             "within a build: install what was there, or throw the begun build away with --restart"
-        )
+        ) from None
     work.resume()
     return begun, f"going on with {len(work.extents):,} finished units; {begun['reason']}"
 
 
-def _sample(request: Request, plan: dict[str, Any]) -> Iterator[str]:
-    """Some texts from all over the input; pipes can be read only once and are left to the checks during the build."""
+def _sample(request: Request, plan: dict[str, Any]) -> Iterator[list[str]]:
+    """Batches of texts from all over the input; pipes, which are read once, are left to the checks on the way."""
     sources = [Source(**source) for source in plan["sources"]]
     units = [unit for unit in (Unit(*unit) for unit in plan["units"]) if sources[unit.first].size is not None]
     step = max(1, len(units) // _SAMPLED_UNITS)
     for unit in units[::step][:_SAMPLED_UNITS]:
         whole = unit._replace(kind="files") if unit.kind == "stream" else unit
-        batch = next(iter(read_unit(whole, sources, request.text_key)), None)
-        texts = batch.texts if batch else []
-        yield from (text[:_SAMPLED_CHARACTERS] for text in islice(texts, _SAMPLED_TEXTS))
+        yield from (batch.texts for batch in islice(read_unit(whole, sources, request.text_key), _SAMPLED_BATCHES))
 
 
 def encode_all(

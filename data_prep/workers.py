@@ -77,10 +77,10 @@ class Pool:
         answers = [self._receive(pipe) for pipe in self._processes]
         return answers[0]
 
-    def choose(self, sample: Iterable[str]) -> tuple[str, str]:
+    def choose(self, choice: Choice, sample: Iterable[list[str]]) -> tuple[str, str]:
         """(engine, reason), tried by one of the workers."""
         first = next(iter(self._processes))
-        first.send(list(sample))
+        first.send((choice, list(sample)))
         return self._receive(first)
 
     def start(self, settings: Settings, sources: list[Source], shards: Sequence[Path]) -> None:
@@ -169,7 +169,7 @@ def _serve(pipe: Connection, tokenizer: Path, choice: Choice) -> None:
     pipe.send(Ready(reference.record, reference.name))
     message = pipe.recv()
     if not isinstance(message, Start):
-        pipe.send(choose_engine(fast, reference, choice, message))
+        pipe.send(choose_engine(fast, reference, *message))
         message = pipe.recv()
     settings, sources, path = message
     engine: Engine = reference if fast is None or settings.engine == "reference" else fast

@@ -190,11 +190,11 @@ def test_a_fast_engine_that_differs_is_not_taken(tmp_path):
     from data_prep.tokenizer import load_tokenizer
 
     reference = load_tokenizer(MODEL)
-    assert choose_engine(OtherIds(reference), reference, "auto", ["no"])[0] == "fast"
-    chosen, reason = choose_engine(OtherIds(reference), reference, "auto", ["no", "lemurs"])
+    assert choose_engine(OtherIds(reference), reference, "auto", [["no"]])[0] == "fast"
+    chosen, reason = choose_engine(OtherIds(reference), reference, "auto", [["no"], ["lemurs"]])
     assert chosen == "reference" and "'lemurs'" in reason
     with pytest.raises(ValueError, match="--engine fast"):
-        choose_engine(OtherIds(reference), reference, "fast", ["lemurs"])
+        choose_engine(OtherIds(reference), reference, "fast", [["lemurs"]])
 
 
 def test_the_reference_engine_gives_the_same_data_set(tmp_path):
@@ -203,3 +203,23 @@ def test_the_reference_engine_gives_the_same_data_set(tmp_path):
     build(tmp_path / "a.jsonl", tmp_path / "reference", "--engine", "reference")
     assert contents(tmp_path / "fast") == contents(tmp_path / "reference")
     assert CliRunner().invoke(build_index.app, ["--help"]).exit_code == 0
+
+
+class Slow(OtherIds):
+    """Right, and slower than the reference."""
+
+    def encode(self, texts):
+        for _ in range(20):
+            encoded = self._reference.encode(texts)
+        return encoded
+
+
+def test_a_fast_engine_that_is_slow_on_this_input_is_not_taken_unless_asked_for():
+    from data_prep.engine import choose_engine
+    from data_prep.tokenizer import load_tokenizer
+
+    reference = load_tokenizer(MODEL)
+    texts = [[f"number {k} of many " * 20 for k in range(200)]]
+    chosen, reason = choose_engine(Slow(reference), reference, "auto", texts)
+    assert chosen == "reference" and "wrong 1.0 is slower" in reason
+    assert choose_engine(Slow(reference), reference, "fast", texts)[0] == "fast"
