@@ -12,9 +12,19 @@ import numpy as np
 import typer
 import xxhash
 
-from data_prep.subset import Change, Copied, Dataset, check_output, document_blocks, open_dataset, write_subset
+from data_prep.subset import (
+    Change,
+    Copied,
+    Dataset,
+    check_output,
+    commit_subset,
+    copy_documents,
+    document_blocks,
+    open_dataset,
+)
 from megalemur.data.errors import DataError
 from megalemur.data.indexed import IndexedFile
+from megalemur.data.writer import IndexedWriter
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -74,7 +84,8 @@ def split(source: Dataset, train: Path, validation: Path, *, share: float, seed:
         raise ValueError(f"--validation-share {share}: write a share above 0 and below 1, such as 0.001")
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"--seed {seed}: write a number from 0 to 2**64 - 1")
-    count = sum(int(block.sum()) for block in _sides(source.file, share, seed))
+    below = int(share * 2**64)
+    count = sum(len(block) for block in _numbers(source.file, True, below, seed))
     total = source.file.num_documents
     if count in (0, total):
         side = "--validation" if count == 0 else "--train"
@@ -84,37 +95,29 @@ def split(source: Dataset, train: Path, validation: Path, *, share: float, seed:
         )
     arguments = {"prefix": str(source.prefix), "train": str(train), "validation": str(validation)}
     arguments |= {"validation_share": share, "seed": seed}
-    copied = {}
-    for side, output, wanted in (("validation", validation, True), ("train", train, False)):
-        facts = {"side": side, "hash": "xxh3_64 of the tokens as int32", "validation_documents": count}
-        numbers = _numbers(_sides(source.file, share, seed), wanted)
-        copied[side] = write_subset(source, numbers, output, change=Change("split_index", arguments, facts))
-    return Sides(**copied)
+    facts = {"hash": "xxh3_64 of the tokens as int32", "validation_documents": count}
+    size = source.vocab_size
+    with IndexedWriter(train, vocab_size=size) as rest, IndexedWriter(validation, vocab_size=size) as chosen:
+        sides = Sides(
+            copy_documents(source.file, _numbers(source.file, False, below, seed), rest, unk_id=source.unk_id),
+            copy_documents(source.file, _numbers(source.file, True, below, seed), chosen, unk_id=source.unk_id),
+        )
+        commit_subset(rest, source, sides.train, Change("split_index", arguments, {"side": "train", **facts}))
+        commit_subset(
+            chosen, source, sides.validation, Change("split_index", arguments, {"side": "validation", **facts})
+        )
+    return sides
 
 
-def is_validation(document: np.ndarray, share: float, seed: int) -> bool:
-    """Whether a document is for validation. Its dtype does not matter."""
-    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(document, "<i4"), seed) < _below(share)
+def _numbers(file: IndexedFile, validation: bool, below: int, seed: int) -> Iterator[np.ndarray]:
+    """Numbers of the documents of one side: those whose hash is below a bound, or the others.
 
-
-def _below(share: float) -> int:
-    return int(share * 2**64)
-
-
-def _sides(file: IndexedFile, share: float, seed: int) -> Iterator[np.ndarray]:
-    """Whether each document is for validation, by blocks."""
-    below = _below(share)
+    int32, because data of one tokenizer may be stored in two dtypes.
+    """
     for block in document_blocks(file):
         wide = block._replace(tokens=block.tokens.astype("<i4"))
         hashes = (xxhash.xxh3_64_intdigest(document, seed) < below for document in wide.documents())
-        yield np.fromiter(hashes, bool, len(wide.lengths))
-
-
-def _numbers(sides: Iterator[np.ndarray], wanted: bool) -> Iterator[np.ndarray]:
-    at = 0
-    for block in sides:
-        yield at + np.flatnonzero(block == wanted)
-        at += len(block)
+        yield block.first + np.flatnonzero(np.fromiter(hashes, bool, len(block.lengths)) == validation)
 
 
 def main() -> None:

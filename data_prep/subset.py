@@ -31,6 +31,11 @@ class Dataset(NamedTuple):
     vocab_size: int
     """Every id is below it."""
 
+    @property
+    def unk_id(self) -> int | None:
+        """Id of the unknown token, where it is known."""
+        return self.manifest.tokenizer.unk_id if self.manifest else None
+
 
 class Block(NamedTuple):
     """Consecutive documents."""
@@ -84,9 +89,7 @@ def open_dataset(prefix: Path, vocab_size: int | None = None) -> Dataset:
     manifest = read_manifest(prefix)
     if manifest is None:
         if vocab_size is None:
-            raise ValueError(
-                f"{manifest_path(prefix)}: no such file; say --vocab-size N, the tokenizer's number of ids"
-            )
+            raise ValueError(f"{manifest_path(prefix)}: no such file; add --vocab-size N, the tokenizer's size")
         return Dataset(prefix, IndexedFile(prefix), None, vocab_size)
     known = manifest.tokenizer.vocab_size
     if vocab_size not in (None, known):
@@ -189,32 +192,20 @@ def _write(blocks: list[Block], writer: IndexedWriter, unk_id: int | None) -> np
     return np.array([full.size, tokens.size, lengths.size - full.size, unknown])
 
 
-def write_subset(
-    source: Dataset, numbers: Iterable[np.ndarray], output: Path, *, change: Change, allow_empty: bool = False
-) -> Copied:
-    """Write OUTPUT.bin, OUTPUT.idx and, where the source has one, OUTPUT.manifest.json; they appear at the very end.
+def commit_subset(writer: IndexedWriter, source: Dataset, copied: Copied, change: Change) -> None:
+    """Make a part appear; it has a manifest where its parent has one.
 
     Args:
+        writer: holds what was copied.
         source: the parent.
-        numbers: as `copy_documents`.
-        output: prefix.
+        copied: what `copy_documents` said.
         change: what chose the documents.
-        allow_empty: write a data set without documents too.
-
-    Raises:
-        ValueError: no document is left, or as `copy_documents`.
     """
     parent = source.manifest
-    with IndexedWriter(output, vocab_size=source.vocab_size) as writer:
-        unk_id = parent.tokenizer.unk_id if parent else None
-        copied = copy_documents(source.file, numbers, writer, unk_id=unk_id)
-        if not copied.documents and not allow_empty:
-            raise ValueError(f"{output}: no document of {source.prefix} would be in it; nothing was written")
-        if parent is None:
-            writer.commit()
-        else:
-            writer.commit(lambda written: subset_manifest(source.prefix, parent, written, copied=copied, change=change))
-    return copied
+    if parent is None:
+        writer.commit()
+    else:
+        writer.commit(lambda written: subset_manifest(source.prefix, parent, written, copied=copied, change=change))
 
 
 def subset_manifest(prefix: Path, parent: Manifest, written: Written, *, copied: Copied, change: Change) -> Manifest:
