@@ -87,7 +87,7 @@ class Found(NamedTuple):
 
 
 @app.command()
-def command(
+def command(  # noqa: PLR0913 - typer reads the options from the parameters
     prefixes: Annotated[list[Path], typer.Argument(help="Data sets; of equal documents the first one stays.")],
     output: Annotated[Path | None, typer.Option(help="Prefix of the files to write, for one data set.")] = None,
     output_directory: Annotated[Path | None, typer.Option(help="Directory for them, under the same names.")] = None,
@@ -124,11 +124,12 @@ def command(
     except (ValueError, DataError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
-    for number, source in enumerate(sources):
-        total, exact, alike = source.file.num_documents, found.exact[number], found.near[number]
+    removed = "would be removed" if dry_run else "removed"
+    for source, exact, alike in zip(sources, found.exact, found.near, strict=True):
+        total = source.file.num_documents
         typer.echo(
-            f"{source.prefix}: {total - exact - alike:,} of {total:,} documents kept; {exact:,} exact and {alike:,} near "
-            f"duplicates {'would be ' if dry_run else ''}removed"
+            f"{source.prefix}: {total - exact - alike:,} of {total:,} documents kept; {exact:,} exact and {alike:,} "
+            f"near duplicates {removed}"
         )
     typer.echo(f"{len(sources)} data sets in {time.monotonic() - began:.1f} s")
 
@@ -196,7 +197,7 @@ def _source_of(number: int, starts: list[int]) -> int:
 
 
 def _equal(sources: Sequence[Dataset], documents: int) -> Iterator[Pair]:
-    """Documents of equal tokens, by xxh3-128 of them as int32: two that differ by chance are one in 10**20 documents."""
+    """Documents of equal tokens, known by the xxh3-128 of them as int32."""
     digests = np.empty((documents, 2), "<u8")
     at = 0
     for block in (block for source in sources for block in document_blocks(source.file)):
@@ -267,10 +268,19 @@ class _Alike:
     def _first_alike(self, number: int, own: np.ndarray, signature: RMinHash) -> Pair | None:
         """The first document that is similar enough, by their shingles and not by the estimate."""
         for other in sorted(self._index.query(signature)):
+            if self._longest(other) < self._near.threshold * len(own):
+                continue
             similarity = jaccard(own, self._shingles(other))
             if similarity >= self._near.threshold:
                 return Pair(number, other, similarity)
         return None
+
+    def _longest(self, number: int) -> int:
+        """As many shingles as the document can have: too few for some pairs, which need no comparison."""
+        source = _source_of(number, self._starts)
+        first = number - self._starts[source]
+        start, stop = self._sources[source].file.document_bounds(first, first + 1)
+        return int(stop - start) - self._near.shingle + 1
 
     def _shingles(self, number: int) -> np.ndarray:
         """Shingles of a document that was seen before."""

@@ -102,10 +102,8 @@ def split(source: Dataset, train: Path, validation: Path, *, share: float, seed:
             copy_documents(source.file, _numbers(source.file, False, below, seed), rest, unk_id=source.unk_id),
             copy_documents(source.file, _numbers(source.file, True, below, seed), chosen, unk_id=source.unk_id),
         )
-        commit_subset(rest, source, sides.train, Change("split_index", arguments, {"side": "train", **facts}))
-        commit_subset(
-            chosen, source, sides.validation, Change("split_index", arguments, {"side": "validation", **facts})
-        )
+        for writer, (side, copied) in zip((rest, chosen), sides._asdict().items(), strict=True):
+            commit_subset(writer, source, copied, Change("split_index", arguments, {"side": side, **facts}))
     return sides
 
 
