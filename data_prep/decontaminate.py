@@ -119,9 +119,10 @@ def command(  # noqa: PLR0913 - typer reads the options from the parameters
     except (ValueError, DataError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
+    removed = f"{tally.removed:,} {'would be ' if dry_run else ''}removed"
     typer.echo(
-        f"{prefix}: {tally.documents - tally.removed:,} of {tally.documents:,} documents kept, {tally.removed:,} "
-        f"{'would be ' if dry_run else ''}removed; {len(tally.entries):,} of {grams.entries:,} benchmark entries found; "
+        f"{prefix}: {tally.documents - tally.removed:,} of {tally.documents:,} documents kept, {removed}; "
+        f"{len(tally.entries):,} of {grams.entries:,} benchmark entries found; "
         f"{grams.short:,} texts below {ngram} words searched as a whole, {grams.tiny:,} below {shortest} compared with "
         f"whole documents, in {time.monotonic() - began:.1f} s"
     )
