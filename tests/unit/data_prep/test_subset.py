@@ -1,4 +1,4 @@
-"""Chosen documents as a data set: those of a plain filter, whatever the blocks, and a manifest that names the parent."""
+"""Chosen documents as a data set: those of a plain filter, whatever the blocks; its manifest names the parent."""
 
 import tempfile
 from pathlib import Path
@@ -143,7 +143,7 @@ def test_the_vocabulary_must_be_known(tmp_path):
     assert open_dataset(tmp_path / "a", 77).vocab_size == 77
     write_dataset(tmp_path / "b", [[1]])
     assert open_dataset(tmp_path / "b", 32000).vocab_size == 32000
-    with pytest.raises(ValueError, match="--vocab-size 5: .* says 32000"):
+    with pytest.raises(ValueError, match=r"--vocab-size 5: .* says 32000"):
         open_dataset(tmp_path / "b", 5)
 
 
@@ -167,7 +167,7 @@ def test_ids_of_different_tokenizers_are_not_compared(tmp_path):
 def test_outputs_that_are_there_or_are_inputs_are_refused(tmp_path):
     write_dataset(tmp_path / "a", [[1]])
     check_output("--output", tmp_path / "b", [tmp_path / "a"], overwrite=False)
-    with pytest.raises(ValueError, match="--output .*--overwrite"):
+    with pytest.raises(ValueError, match=r"--output .*--overwrite"):
         check_output("--output", tmp_path / "a", [], overwrite=False)
     check_output("--output", tmp_path / "a", [], overwrite=True)
     with pytest.raises(ValueError, match="is an input"):
