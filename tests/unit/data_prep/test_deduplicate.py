@@ -122,7 +122,7 @@ def test_the_size_of_a_batch_changes_nothing(tmp_path, monkeypatch):
 
 
 def test_a_signature_of_pieces_is_that_of_the_whole():
-    tokens = [bytes([k, k >> 8]) for k in range(1000)]
+    tokens = [k.to_bytes(2, "little") for k in range(1000)]
     pieces = RMinHash(128, 7)
     for at in range(0, 1000, 64):
         pieces.update(tokens[at : at + 64])
