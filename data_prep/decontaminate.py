@@ -210,25 +210,17 @@ class Grams:
             ValueError: there is no word in them.
         """
         self._numbers: dict[str, int] = {}
-        self._entries: dict[tuple[int, ...], str] = {}
-        self._whole: dict[tuple[int, ...], str] = {}
+        self._entries: dict[tuple[int, ...], tuple[str, ...]] = {}
+        self._whole: dict[tuple[int, ...], tuple[str, ...]] = {}
         self.short = self.tiny = 0
         names = set()
         for name, words in texts:
-            if not words:
-                continue
-            names.add(name)
-            numbers = tuple(self._numbers.setdefault(word, len(self._numbers) + 1) for word in words)
-            self.short += shortest <= len(words) < ngram
-            self.tiny += len(words) < shortest
-            if len(words) < shortest:
-                self._whole.setdefault(numbers, name)
-                continue
-            for at in range(max(1, len(numbers) - ngram + 1)):
-                self._entries.setdefault(numbers[at : at + ngram], name)
-        self.entries, self.count = len(names), len(self._entries)
+            if words:
+                names.add(name)
+                self._add(name, words, ngram, shortest)
         if not names:
             raise ValueError("--benchmark: there are no words in it; give texts, or other keys with --key")
+        self.entries, self.count = len(names), len(self._entries)
         by_length: dict[int, list[tuple[int, ...]]] = {}
         for gram in self._entries:
             by_length.setdefault(len(gram), []).append(gram)
@@ -236,6 +228,18 @@ class Grams:
             length: np.unique(_rolling(np.array(grams, np.uint64).ravel(), length)[::length])
             for length, grams in by_length.items()
         }
+
+    def _add(self, name: str, words: Sequence[str], ngram: int, shortest: int) -> None:
+        row = tuple(self._numbers.setdefault(word, len(self._numbers) + 1) for word in words)
+        tiny = len(words) < shortest
+        self.tiny += tiny
+        self.short += not tiny and len(words) < ngram
+        grams = [row] if tiny else [row[at : at + ngram] for at in range(max(1, len(row) - ngram + 1))]
+        where = self._whole if tiny else self._entries
+        for gram in grams:
+            names = where.get(gram, ())
+            if name not in names:
+                where[gram] = (*names, name)
 
     def hits(self, words: Sequence[str]) -> list[Hit]:
         """What these words of a document share with benchmarks: the first n-gram of each entry."""
@@ -250,12 +254,10 @@ class Grams:
             places = np.searchsorted(hashes, windows)
             places[places == len(hashes)] = 0
             for at in np.flatnonzero(hashes[places] == windows).tolist():
-                entry = self._entries.get(tuple(row[at : at + length]))
-                if entry is not None:
+                for entry in self._entries.get(tuple(row[at : at + length]), ()):
                     found.setdefault(entry, " ".join(words[at : at + length]))
-        whole = self._whole.get(tuple(row)) if self._whole else None
-        if whole is not None:
-            found.setdefault(whole, " ".join(words))
+        for entry in self._whole.get(tuple(row), ()) if self._whole else ():
+            found.setdefault(entry, " ".join(words))
         return [Hit(*one) for one in found.items()]
 
 

@@ -175,10 +175,9 @@ def find_duplicates(sources: Sequence[Dataset], near: Near | None) -> Found:
     starts = [0, *np.cumsum([source.file.num_documents for source in sources]).tolist()]
     pairs: list[list[Pair]] = [[] for _ in sources]
     kept = np.ones(starts[-1], bool)
-    counts = [_mark(_equal(sources, starts[-1]), kept, starts, pairs)]
+    exact = _mark(_equal(sources, starts[-1]), kept, starts, pairs)
     alike = _Alike(sources, starts, near).find(kept) if near else iter(())
-    counts.append(_mark(alike, kept, starts, pairs))
-    return Found(kept, starts, *counts, pairs)
+    return Found(kept, starts, exact, _mark(alike, kept, starts, pairs), pairs)
 
 
 def _mark(found: Iterator[Pair], kept: np.ndarray, starts: list[int], pairs: list[list[Pair]]) -> list[int]:
@@ -203,7 +202,7 @@ def _equal(sources: Sequence[Dataset], documents: int) -> Iterator[Pair]:
     at = 0
     for block in (block for source in sources for block in document_blocks(source.file)):
         wide = block._replace(tokens=block.tokens.astype("<i4"))
-        data = b"".join(xxhash.xxh3_128_digest(document) for document in wide.documents())
+        data = b"".join(xxhash.xxh3_128_digest(document.data) for document in wide.documents())
         digests[at : at + len(block.lengths)] = np.frombuffer(data, "<u8").reshape(-1, 2)
         at += len(block.lengths)
     order = np.lexsort((digests[:, 0], digests[:, 1]))  # stable: the first of equals comes first

@@ -93,8 +93,13 @@ def split(source: Dataset, train: Path, validation: Path, *, share: float, seed:
             f"{side}: would be empty, {count:,} of {total:,} documents fall to validation; change --validation-share "
             f"{share} or --seed {seed}"
         )
-    arguments = {"prefix": str(source.prefix), "train": str(train), "validation": str(validation)}
-    arguments |= {"validation_share": share, "seed": seed}
+    arguments = {
+        "prefix": str(source.prefix),
+        "train": str(train),
+        "validation": str(validation),
+        "validation_share": share,
+        "seed": seed,
+    }
     facts = {"hash": "xxh3_64 of the tokens as int32", "validation_documents": count}
     size = source.vocab_size
     with IndexedWriter(train, vocab_size=size) as rest, IndexedWriter(validation, vocab_size=size) as chosen:
@@ -114,7 +119,7 @@ def _numbers(file: IndexedFile, validation: bool, below: int, seed: int) -> Iter
     """
     for block in document_blocks(file):
         wide = block._replace(tokens=block.tokens.astype("<i4"))
-        hashes = (xxhash.xxh3_64_intdigest(document, seed) < below for document in wide.documents())
+        hashes = (xxhash.xxh3_64_intdigest(document.data, seed) < below for document in wide.documents())
         yield block.first + np.flatnonzero(np.fromiter(hashes, bool, len(block.lengths)) == validation)
 
 
