@@ -28,6 +28,7 @@ from data_prep.subset import (
     copy_documents,
     document_blocks,
     open_dataset,
+    options_of,
 )
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 from megalemur.data.errors import DataError
@@ -76,24 +77,29 @@ class Tally:
         }
 
 
-@app.command()
-def command(  # noqa: PLR0913 - typer reads the options from the parameters
-    prefix: Annotated[Path, typer.Argument(help="Prefix of the data set.")],
-    tokenizer: Annotated[Path, typer.Option(help="The tokenizer that made it.")],
+class Options(NamedTuple):
+    """What the command is asked."""
+
+    prefix: Annotated[Path, typer.Argument(help="Prefix of the data set.")]
+    tokenizer: Annotated[Path, typer.Option(help="The tokenizer that made it.")]
     benchmarks: Annotated[
         list[Path], typer.Option("--benchmark", help=".jsonl, .jsonl.gz, or .txt (one text a file); repeatable.")
-    ],
-    key: Annotated[str | None, typer.Option(help="Keys of the texts in JSON lines, with commas; else all.")] = None,
-    ngram: Annotated[int, typer.Option(min=1, help="Words in a row that must not be shared.")] = 13,
+    ]
+    key: Annotated[str | None, typer.Option(help="Keys of the texts in JSON lines, with commas; else all.")] = None
+    ngram: Annotated[int, typer.Option(min=1, help="Words in a row that must not be shared.")] = 13
     shortest: Annotated[
         int, typer.Option(min=1, help="Texts below --ngram words but not below this are searched as a whole.")
-    ] = 8,
-    output: Annotated[Path | None, typer.Option(help="Prefix of the files to write.")] = None,
-    report: Annotated[Path | None, typer.Option(help="JSON lines to write: document, entry, n-gram.")] = None,
-    vocab_size: Annotated[int | None, typer.Option(min=1, help="Number of ids, for data without a manifest.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a data set of the same name.")] = False,
-) -> None:
+    ] = 8
+    output: Annotated[Path | None, typer.Option(help="Prefix of the files to write.")] = None
+    report: Annotated[Path | None, typer.Option(help="JSON lines to write: document, entry, n-gram.")] = None
+    vocab_size: Annotated[int | None, typer.Option(min=1, help="Number of ids, for data without a manifest.")] = None
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a data set of the same name.")] = False
+
+
+@app.command()
+@options_of(Options)
+def command(options: Options) -> None:
     """Remove documents that share 13 words in a row with a benchmark: lower-case runs of letters, digits and _.
 
     Benchmark texts with fewer words are searched as a whole. Those below --shortest words would be found everywhere:
@@ -101,30 +107,31 @@ def command(  # noqa: PLR0913 - typer reads the options from the parameters
     """
     began = time.monotonic()
     try:
-        if (output is None) != dry_run:
+        if (options.output is None) != options.dry_run:
             raise ValueError("write either --output PREFIX or --dry-run")
-        if output is not None:
-            check_output("--output", output, [prefix], overwrite=overwrite)
-        grams = Grams(read_benchmarks(benchmarks, key.split(",") if key else None), ngram, min(shortest, ngram))
-        source, decoder = _opened(prefix, tokenizer, vocab_size)
-        arguments = {
-            "prefix": str(prefix),
-            "tokenizer": str(tokenizer),
-            "benchmarks": [str(path) for path in benchmarks],
-            "key": key,
-            "ngram": ngram,
-            "shortest": shortest,
+        if options.output is not None:
+            check_output("--output", options.output, [options.prefix], overwrite=options.overwrite)
+        texts = read_benchmarks(options.benchmarks, options.key.split(",") if options.key else None)
+        grams = Grams(texts, options.ngram, min(options.shortest, options.ngram))
+        source, decoder = _opened(options.prefix, options.tokenizer, options.vocab_size)
+        asked = {
+            "prefix": str(options.prefix),
+            "tokenizer": str(options.tokenizer),
+            "benchmarks": [str(path) for path in options.benchmarks],
+            "key": options.key,
+            "ngram": options.ngram,
+            "shortest": options.shortest,
         }
-        tally = decontaminate(source, Scanner(decoder, grams), output, arguments=arguments, report=report)
+        tally = decontaminate(source, Scanner(decoder, grams), options.output, arguments=asked, report=options.report)
     except (ValueError, DataError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
-    removed = f"{tally.removed:,} {'would be ' if dry_run else ''}removed"
+    removed = f"{tally.removed:,} {'would be ' if options.dry_run else ''}removed"
     typer.echo(
-        f"{prefix}: {tally.documents - tally.removed:,} of {tally.documents:,} documents kept, {removed}; "
-        f"{len(tally.entries):,} of {grams.entries:,} benchmark entries found; "
-        f"{grams.short:,} texts below {ngram} words searched as a whole, {grams.tiny:,} below {shortest} compared with "
-        f"whole documents, in {time.monotonic() - began:.1f} s"
+        f"{options.prefix}: {tally.documents - tally.removed:,} of {tally.documents:,} documents kept, {removed}; "
+        f"{len(tally.entries):,} of {grams.entries:,} benchmark entries found; {grams.short:,} texts below "
+        f"{options.ngram} words searched as a whole, {grams.tiny:,} below {options.shortest} compared with whole "
+        f"documents, in {time.monotonic() - began:.1f} s"
     )
 
 

@@ -26,6 +26,7 @@ from data_prep.subset import (
     copy_documents,
     document_blocks,
     open_dataset,
+    options_of,
     same_tokenizer,
 )
 from megalemur.data.errors import DataError
@@ -87,22 +88,27 @@ class Found(NamedTuple):
     """Some of them, of each source."""
 
 
-@app.command()
-def command(  # noqa: PLR0913 - typer reads the options from the parameters
-    prefixes: Annotated[list[Path], typer.Argument(help="Data sets; of equal documents the first one stays.")],
-    output: Annotated[Path | None, typer.Option(help="Prefix of the files to write, for one data set.")] = None,
-    output_directory: Annotated[Path | None, typer.Option(help="Directory for them, under the same names.")] = None,
+class Options(NamedTuple):
+    """What the command is asked."""
+
+    prefixes: Annotated[list[Path], typer.Argument(help="Data sets; of equal documents the first one stays.")]
+    output: Annotated[Path | None, typer.Option(help="Prefix of the files to write, for one data set.")] = None
+    output_directory: Annotated[Path | None, typer.Option(help="Directory for them, under the same names.")] = None
     near: Annotated[float, typer.Option(help="Jaccard similarity of shingles from which documents are duplicates.")] = (
         0.8
-    ),
-    exact_only: Annotated[bool, typer.Option("--exact-only", help="Remove only documents of equal tokens.")] = False,
-    shingle: Annotated[int, typer.Option(min=1, help="Tokens of a shingle; shorter documents: exact only.")] = 5,
-    permutations: Annotated[int, typer.Option(min=16, help="Numbers of a MinHash signature.")] = 128,
-    seed: Annotated[int, typer.Option(min=0, help="Of the signatures.")] = 0,
-    vocab_size: Annotated[int | None, typer.Option(min=1, help="Number of ids, for data without a manifest.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace data sets of the same names.")] = False,
-) -> None:
+    )
+    exact_only: Annotated[bool, typer.Option("--exact-only", help="Remove only documents of equal tokens.")] = False
+    shingle: Annotated[int, typer.Option(min=1, help="Tokens of a shingle; shorter documents: exact only.")] = 5
+    permutations: Annotated[int, typer.Option(min=16, help="Numbers of a MinHash signature.")] = 128
+    seed: Annotated[int, typer.Option(min=0, help="Of the signatures.")] = 0
+    vocab_size: Annotated[int | None, typer.Option(min=1, help="Number of ids, for data without a manifest.")] = None
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace data sets of the same names.")] = False
+
+
+@app.command()
+@options_of(Options)
+def command(options: Options) -> None:
     """Remove exact and near duplicates, within and across data sets.
 
     Memory for a million documents: 65 MB with --exact-only, else 1.6 GB; 5.7 GB with --near 0.5. The data are read in
@@ -114,18 +120,16 @@ def command(  # noqa: PLR0913 - typer reads the options from the parameters
     """
     began = time.monotonic()
     try:
-        outputs = _outputs(prefixes, output, output_directory, dry_run=dry_run)
-        for path in outputs:
-            check_output("--output" if output else "--output-directory", path, prefixes, overwrite=overwrite)
-        wanted = None if exact_only else _near(near, shingle, permutations, seed)
-        sources = [open_dataset(prefix, vocab_size) for prefix in prefixes]
+        outputs = _outputs(options)
+        wanted = _near(options)
+        sources = [open_dataset(prefix, options.vocab_size) for prefix in options.prefixes]
         same_tokenizer(sources)
         found = find_duplicates(sources, wanted)
         write(sources, outputs, found, wanted)
     except (ValueError, DataError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
-    removed = "would be removed" if dry_run else "removed"
+    removed = "would be removed" if options.dry_run else "removed"
     for source, exact, alike in zip(sources, found.exact, found.near, strict=True):
         total = source.file.num_documents
         typer.echo(
@@ -135,31 +139,36 @@ def command(  # noqa: PLR0913 - typer reads the options from the parameters
     typer.echo(f"{len(sources)} data sets in {time.monotonic() - began:.1f} s")
 
 
-def _outputs(prefixes: Sequence[Path], output: Path | None, directory: Path | None, *, dry_run: bool) -> list[Path]:
-    """One for each data set; none where nothing is written."""
+def _outputs(options: Options) -> list[Path]:
+    """A prefix for each data set; none where nothing is written."""
+    prefixes, output, directory = options.prefixes, options.output, options.output_directory
     names = [prefix.name for prefix in prefixes]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"two data sets have the name {twice[0]!r}; rename one, the outputs have the same names")
-    if dry_run:
+    if options.dry_run:
         return []
     if (output is None) == (directory is None):
         raise ValueError("write --output-directory DIR, or --output PREFIX for one data set, or --dry-run")
-    if directory is not None:
-        return [directory / name for name in names]
-    if output is None or len(prefixes) > 1:
+    if output is not None and len(prefixes) > 1:
         raise ValueError(
             f"--output {output}: is one prefix for {len(prefixes)} data sets; write --output-directory DIR"
         )
-    return [output]
+    outputs = [output] if output is not None else [(directory or Path()) / name for name in names]
+    for path in outputs:
+        option = "--output-directory" if directory else "--output"
+        check_output(option, path, prefixes, overwrite=options.overwrite)
+    return outputs
 
 
-def _near(threshold: float, shingle: int, permutations: int, seed: int) -> Near:
-    if not 0 < threshold <= 1:
-        raise ValueError(f"--near {threshold}: write a similarity above 0, at most 1, such as 0.8; or --exact-only")
-    if not seed < 1 << 64:
-        raise ValueError(f"--seed {seed}: write a number from 0 to 2**64 - 1")
-    return Near(threshold, shingle, permutations, seed)
+def _near(options: Options) -> Near | None:
+    if options.exact_only:
+        return None
+    if not 0 < options.near <= 1:
+        raise ValueError(f"--near {options.near}: write a similarity above 0, at most 1, such as 0.8; or --exact-only")
+    if not options.seed < 1 << 64:
+        raise ValueError(f"--seed {options.seed}: write a number from 0 to 2**64 - 1")
+    return Near(options.near, options.shingle, options.permutations, options.seed)
 
 
 def find_duplicates(sources: Sequence[Dataset], near: Near | None) -> Found:

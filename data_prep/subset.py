@@ -1,14 +1,16 @@
 """Part of a data set as a new one: chosen documents, copied in constant memory, and a manifest that names the parent.
 
+Also what commands that make one have in common: how they open, what they refuse to replace, how they take options.
 Refuses document numbers that do not rise, and data sets whose vocabulary nobody says.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime, timezone
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import numpy as np
 
@@ -20,6 +22,9 @@ from megalemur.data.writer import IndexedWriter, Written
 _BLOCK_DOCUMENTS = 1 << 18
 _BLOCK_TOKENS = 1 << 22  # 16 MiB at most, but for a document that is longer
 _LONGEST = np.iinfo(np.int32).max
+
+
+Options = TypeVar("Options", bound=tuple[Any, ...])
 
 
 class Dataset(NamedTuple):
@@ -267,3 +272,25 @@ def same_tokenizer(sources: Iterable[Dataset]) -> None:
                 f"{one.prefix}: made with another tokenizer than {first.prefix}; build one of them again, equal text "
                 "must be equal tokens"
             )
+
+
+def options_of(kind: type[Options]) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
+    """For a command with too many options for parameters: typer reads them from the fields of a NamedTuple."""
+    hints = get_type_hints(kind, include_extras=True)
+    defaults: Mapping[str, Any] = getattr(kind, "_field_defaults", {})
+
+    def decorate(function: Callable[[Options], None]) -> Callable[..., None]:
+        def command(**values: Any) -> None:
+            function(kind(**values))
+
+        parameter, keyword = inspect.Parameter, inspect.Parameter.KEYWORD_ONLY
+        fields = [
+            parameter(name, keyword, default=defaults.get(name, parameter.empty), annotation=hint)
+            for name, hint in hints.items()
+        ]
+        command.__dict__["__signature__"] = inspect.Signature(fields)
+        command.__annotations__ = hints
+        command.__name__, command.__doc__ = function.__name__, function.__doc__
+        return command
+
+    return decorate
