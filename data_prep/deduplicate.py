@@ -125,7 +125,7 @@ def command(options: Options) -> None:
         sources = [open_dataset(prefix, options.vocab_size) for prefix in options.prefixes]
         same_tokenizer(sources)
         found = find_duplicates(sources, wanted)
-        write(sources, outputs, found, wanted)
+        write(sources, outputs, found=found, near=wanted)
     except (ValueError, DataError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
@@ -328,7 +328,7 @@ def _as_bytes(hashes: np.ndarray) -> list[bytes]:
     return hashes.astype("<u8").view("V8").tolist()
 
 
-def write(sources: Sequence[Dataset], outputs: Sequence[Path], found: Found, near: Near | None) -> list[Copied]:
+def write(sources: Sequence[Dataset], outputs: Sequence[Path], *, found: Found, near: Near | None) -> list[Copied]:
     """Write every data set without its duplicates; one that has nothing else becomes an empty one.
 
     Args:
@@ -344,7 +344,7 @@ def write(sources: Sequence[Dataset], outputs: Sequence[Path], found: Found, nea
         with IndexedWriter(output, vocab_size=source.vocab_size) as writer:
             numbers = _true(found.kept[start:stop])
             copied.append(copy_documents(source.file, numbers, writer, unk_id=source.unk_id))
-            commit_subset(writer, source, copied[-1], change)
+            commit_subset(writer, source, copied=copied[-1], change=change)
     return copied
 
 

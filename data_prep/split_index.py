@@ -108,7 +108,8 @@ def split(source: Dataset, train: Path, validation: Path, *, share: float, seed:
             copy_documents(source.file, _numbers(source.file, True, below, seed), chosen, unk_id=source.unk_id),
         )
         for writer, (side, copied) in zip((rest, chosen), sides._asdict().items(), strict=True):
-            commit_subset(writer, source, copied, Change("split_index", arguments, {"side": side, **facts}))
+            change = Change("split_index", arguments, {"side": side, **facts})
+            commit_subset(writer, source, copied=copied, change=change)
     return sides
 
 

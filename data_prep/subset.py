@@ -197,7 +197,7 @@ def _write(blocks: list[Block], writer: IndexedWriter, unk_id: int | None) -> np
     return np.array([full.size, tokens.size, lengths.size - full.size, unknown])
 
 
-def commit_subset(writer: IndexedWriter, source: Dataset, copied: Copied, change: Change) -> None:
+def commit_subset(writer: IndexedWriter, source: Dataset, *, copied: Copied, change: Change) -> None:
     """Make a part appear; it has a manifest where its parent has one.
 
     Args:

@@ -42,7 +42,7 @@ def part(prefix: Path, numbers: list, output: Path, vocab_size: int | None = Non
     source = open_dataset(prefix, vocab_size)
     with IndexedWriter(output, vocab_size=source.vocab_size) as writer:
         copied = copy_documents(source.file, map(np.array, numbers), writer, unk_id=source.unk_id)
-        commit_subset(writer, source, copied, CHANGE)
+        commit_subset(writer, source, copied=copied, change=CHANGE)
     return copied
 
 
