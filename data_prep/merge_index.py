@@ -14,7 +14,7 @@ from rich.console import Console
 from data_prep.join import copy_shuffled
 from data_prep.merge import append_all, in_order, merged_inputs, open_trusted, read_manifests, tokenizer_of
 from megalemur.data.errors import DataError
-from megalemur.data.indexed import IndexedFile, bin_path, idx_path
+from megalemur.data.indexed import IndexedFile, bin_path, idx_path, prefix_of
 from megalemur.data.manifest import Manifest, Origin
 from megalemur.data.writer import IndexedWriter, Written
 
@@ -23,7 +23,10 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 @app.command()
 def command(
-    prefixes: Annotated[list[Path], typer.Argument(metavar="PREFIX...", help="Data sets, in the order of the result.")],
+    prefixes: Annotated[
+        list[Path],
+        typer.Argument(metavar="PREFIX...", help="Data sets, with or without .idx, in the order of the result."),
+    ],
     output: Annotated[Path, typer.Option(help="Prefix of the files to write.")],
     shuffle: Annotated[
         int | None, typer.Option(min=0, metavar="SEED", help="Put the documents into a seeded order.")
@@ -36,7 +39,7 @@ def command(
     try:
         if idx_path(output).exists() and not overwrite:
             raise ValueError(f"--output {output}: {idx_path(output)} is there; choose another, or add --overwrite")
-        written = merge(prefixes, output, shuffle=shuffle, vocab_size=vocab_size)
+        written = merge([prefix_of(path) for path in prefixes], output, shuffle=shuffle, vocab_size=vocab_size)
     except (ValueError, DataError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None

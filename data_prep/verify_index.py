@@ -10,6 +10,7 @@ from rich.console import Console
 
 from data_prep.verify import refreshed, verify
 from megalemur.data.errors import DataError
+from megalemur.data.indexed import prefix_of
 from megalemur.data.manifest import manifest_path, write_atomically
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -19,7 +20,7 @@ DAMAGED = 12
 
 @app.command()
 def command(
-    prefixes: Annotated[list[Path], typer.Argument(metavar="PREFIX...", help="Data sets, without the ending.")],
+    prefixes: Annotated[list[Path], typer.Argument(metavar="PREFIX...", help="Data sets, with or without .idx.")],
     vocab_size: Annotated[
         int | None, typer.Option(min=1, help="Ids must be below it; without it, the manifest's.")
     ] = None,
@@ -30,7 +31,7 @@ def command(
     Exit code 12: something is damaged; each damaged range is named.
     """
     console, bad = Console(), False
-    for prefix in prefixes:
+    for prefix in map(prefix_of, prefixes):
         began = time.monotonic()
         try:
             verified = verify(prefix, vocab_size=vocab_size, threads=workers)

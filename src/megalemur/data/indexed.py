@@ -41,6 +41,11 @@ def idx_path(prefix: Path | str) -> Path:
     return Path(f"{prefix}.idx")
 
 
+def prefix_of(path: Path) -> Path:
+    """The prefix that a user means who names one of its files, as a glob of *.idx does."""
+    return path.with_suffix("") if path.suffix in (".bin", ".idx") else path
+
+
 class _Header(NamedTuple):
     dtype: np.dtype
     sequences: int

@@ -24,7 +24,7 @@ def documents(prefix):
 
 def test_documents_come_in_the_order_of_the_arguments(tmp_path):
     a, b = write_dataset(tmp_path / "a", A), write_dataset(tmp_path / "b", B)
-    assert merge(b, a, "--output", tmp_path / "c").exit_code == 0
+    assert merge(f"{b}.idx", a, "--output", tmp_path / "c").exit_code == 0
     assert documents(tmp_path / "c") == B + A
     manifest = read_manifest(tmp_path / "c")
     assert manifest.documents == 4 and manifest.inputs[0].documents == 4, "records of one input are added up"
