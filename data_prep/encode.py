@@ -90,6 +90,7 @@ class Encoder:
         self._bos = record.bos_id if settings.prepend_bos else None
         self._eos = record.eos_id if settings.append_eos else None
         self._checks = engine is not reference
+        self._until_check = 0  # documents, over all units of this worker: its very first is compared
         self._forbidden = np.zeros(record.vocab_size, bool)
         self._forbidden[[token for token in reference.control.values() if token != self._unk]] = True
         self._highest_control = max(reference.control.values(), default=-1)
@@ -106,7 +107,7 @@ class Encoder:
 
         Args:
             batch: some documents.
-            seen: documents of this unit before it: every so many-th is compared with the reference.
+            seen: documents of this unit before it, for what is said of one that the engines encode differently.
             where: the source's name.
 
         Raises:
@@ -154,7 +155,8 @@ class Encoder:
         return framed
 
     def _spot_check(self, batch: Batch, seen: int, where: str) -> None:
-        first = -seen % _SPOT_CHECK_EVERY
+        first = self._until_check
+        self._until_check = (first - len(batch.texts)) % _SPOT_CHECK_EVERY
         texts = batch.texts[first::_SPOT_CHECK_EVERY]
         different = first_difference(self.engine, self._reference, texts) if texts else None
         if different is not None:

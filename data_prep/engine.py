@@ -1,6 +1,5 @@
 """The fast engine, where it gives the reference's ids: tried on this input before the build, and again during it."""
 
-import json
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
+import orjson
 
 from data_prep.convert import tokenizer_json
 from data_prep.tokenizer import Encoded, HuggingFaceTokenizer
@@ -16,6 +16,15 @@ Choice = Literal["auto", "fast", "reference"]
 
 _COMPARED_TEXTS, _COMPARED_CHARACTERS = 16, 1 << 12  # of each batch
 _TIMED_CHARACTERS = 2000
+
+ONE_THREAD = {
+    "FASTOKENS_BPE_THREADS": "1",
+    "RAYON_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+}
+"""Environment in which an engine keeps to the thread that calls it; read when it first encodes."""
 
 PROBES = (
     *("", " ", "  ", "a", " a", "  a  ", "\n", "\n\n  x\t", "a\r\nb", "\x00"),
@@ -38,13 +47,13 @@ class Engine(Protocol):
 
 
 class Fastokens:
-    """The package fastokens, on this thread alone."""
+    """The package fastokens; it starts a thread for each core unless the environment is ONE_THREAD."""
 
     def __init__(self, definition: dict[str, Any]):
         import fastokens
 
         self.name = f"fastokens {version('fastokens')}"
-        self._model = fastokens.Tokenizer.from_json_str(json.dumps(definition))
+        self._model = fastokens.Tokenizer.from_json_str(orjson.dumps(definition).decode())
 
     def encode(self, texts: Sequence[str]) -> Encoded:
         """Ids without BOS and EOS."""

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from data_prep.inputs import Source
 
-_SMALLEST, _LARGEST = 16 << 20, 256 << 20
+_SMALLEST, _LARGEST = 2 << 20, 256 << 20
 _UNITS = 4096  # about as many as there are at most, below _UNITS x _LARGEST = 1 TiB
 STREAM_BYTES = 8 << 20
 """A compressed file of this size and more is read by one process and encoded by all, while such files are few."""

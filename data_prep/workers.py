@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from data_prep.documents import Bad, Batch, read_lines, read_unit
 from data_prep.encode import Encoder, Extent, Settings, Shard
-from data_prep.engine import Choice, Engine, choose_engine, fast_engine
+from data_prep.engine import ONE_THREAD, Choice, Engine, choose_engine, fast_engine
 from data_prep.errors import DiskError, PrepError, WorkError
 from data_prep.feed import Chunk
 from data_prep.inputs import Source
@@ -150,7 +150,7 @@ def _work(pipe: Connection, others: list[Connection], tokenizer: Path, choice: C
     for other in others:  # else a dead parent's pipes would stay open in its other children
         other.close()
     gc.disable()  # nothing here makes cycles, and a million small dicts a unit keep the collector busy
-    os.environ |= {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    os.environ |= ONE_THREAD
     try:
         _serve(pipe, tokenizer, choice)
     except (EOFError, BrokenPipeError, ConnectionResetError):

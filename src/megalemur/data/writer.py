@@ -136,7 +136,8 @@ class IndexedWriter:
     def _check_ids(self, tokens: np.ndarray) -> None:
         if not tokens.size:
             return
-        low, high = int(tokens.min()), int(tokens.max())
+        # one walk over unsigned ids: there is nothing below zero
+        low, high = 0 if tokens.dtype.kind == "u" else int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self.vocab_size:
             raise ValueError(
                 f"{self.prefix}: document {self.num_documents} or one soon behind it holds token id "
