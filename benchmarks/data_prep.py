@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[1]
 # run by path, this file would stand for the package of the same name
 sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path).resolve() != Path(__file__).parent)]
 WORKERS = 2
+_ROUNDS = 9
 console = Console()
 
 
@@ -142,9 +143,9 @@ def against_baseline(directory: Path, megabytes: int, pairs: int) -> None:
 
 def _encode_alone(part: list[str], pipe) -> None:
     """A process that encodes texts it has in memory, in batches of a megabyte."""
-    from data_prep.engine import fast_engine
+    from data_prep.engine import ONE_THREAD, fast_engine
 
-    os.environ["RAYON_NUM_THREADS"] = "1"
+    os.environ |= ONE_THREAD
     engine = fast_engine(tokenizer_path())
     assert engine is not None
     batches: list[list[str]] = [[]]
@@ -195,32 +196,51 @@ def against_engine(directory: Path, megabytes: int) -> None:
 
 
 def join_and_verify(prefix: Path) -> None:
-    """Merging one data set into another file beside cp, and verifying it; both twice, warm."""
+    """Merging one data set into a new file beside cp and sync, in turns, and verifying it; all from a warm cache."""
     size = Path(f"{prefix}.bin").stat().st_size
-    ratios, rates = [], []
-    tools = ROOT / "data_prep"
-    for _ in range(3):
-        copied = seconds_of(["cp", f"{prefix}.bin", f"{prefix}.copy"]) + seconds_of(["sync", f"{prefix}.copy"])
-        began = time.monotonic()
-        merge_in_process(prefix, Path(f"{prefix}.merged"))
-        ratios.append(copied / (time.monotonic() - began))
-        began = time.monotonic()
-        verify_in_process(prefix)
-        rates.append(size / (time.monotonic() - began) / 1e9)
-    whole = seconds_of([sys.executable, str(tools / "verify_index.py"), str(prefix), "--workers", "1"])
+    copies: list[float] = []
+    merges: list[float] = []
+    rates = []
+    for number in range(_ROUNDS):
+        turns = [(copies, lambda: copy_and_sync(prefix)), (merges, lambda: merge_in_process(prefix))]
+        for times, work in turns[:: 1 if number % 2 == 0 else -1]:
+            # both make a new file on a disk that has nothing else to write
+            for left in prefix.parent.glob(f"{prefix.name}-again*"):
+                left.unlink()
+            os.sync()
+            times.append(seconds_in(work))
+        rates.append(size / seconds_in(lambda: verify_in_process(prefix)) / 1e9)
+    whole = seconds_of([sys.executable, str(ROOT / "data_prep" / "verify_index.py"), str(prefix), "--workers", "1"])
+    ratio = statistics.median(copied / merged for copied, merged in zip(copies, merges, strict=True))
     console.print(
-        f"{size / 1e6:.0f} MB of tokens: joining and index at {statistics.median(ratios):.2f} of cp, sync (bar 0.6), "
+        f"{size / 1e6:.0f} MB of tokens, {_ROUNDS} rounds: cp and sync {statistics.median(copies):.2f} s, joining and "
+        f"index {statistics.median(merges):.2f} s: {ratio:.2f} of cp's speed (bar: 0.6)"
+    )
+    console.print(
         f"verify {statistics.median(rates):.2f} GB/s on one core (bar: 1), as a whole process {size / whole / 1e9:.2f}"
     )
 
 
-def merge_in_process(source: Path, target: Path) -> None:
+def seconds_in(work: Callable[[], None]) -> float:
+    """Wall time of a call."""
+    began = time.monotonic()
+    work()
+    return time.monotonic() - began
+
+
+def copy_and_sync(prefix: Path) -> None:
+    """What a join cannot be faster than."""
+    subprocess.run(["cp", f"{prefix}.bin", f"{prefix}-again.bin"], check=True)
+    subprocess.run(["sync", f"{prefix}-again.bin"], check=True)
+
+
+def merge_in_process(source: Path) -> None:
     """What build and merge do at their end."""
     from data_prep.merge import append_all
     from megalemur.data.indexed import IndexedFile
     from megalemur.data.writer import IndexedWriter
 
-    with IndexedWriter(target, vocab_size=32000) as writer:
+    with IndexedWriter(Path(f"{source}-again"), vocab_size=32000) as writer:
         append_all(IndexedFile(source), writer)
         writer.commit()
 
@@ -278,10 +298,10 @@ def memory(directory: Path, megabytes: int, documents: int) -> None:
 
 def engines(megabytes: int) -> None:
     """Engines on one core, and whether their ids are sentencepiece's."""
-    os.environ["RAYON_NUM_THREADS"] = "1"
-    from data_prep.engine import fast_engine
+    from data_prep.engine import ONE_THREAD, fast_engine
     from data_prep.tokenizer import Encoded, load_tokenizer
 
+    os.environ |= ONE_THREAD
     sample: list[str] = []
     for text in texts():
         sample.append(text)
@@ -402,7 +422,7 @@ def open_gpt_dataset(directory: Path) -> None:
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    roles = ("all", "pairs", "engine", "engines", "memory", "opening", "baseline", "open", "gpt-dataset")
+    roles = ("all", "pairs", "engine", "engines", "join", "memory", "opening", "baseline", "open", "gpt-dataset")
     parser.add_argument("role", nargs="?", choices=roles, default="all")
     parser.add_argument("--megabytes", type=int, default=0)
     parser.add_argument("--documents", type=int, default=0)
@@ -412,6 +432,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.role == "baseline":
         baseline(args.source, Path(args.output))
+    elif args.role == "join":
+        join_and_verify(args.source)
     elif args.role == "open":
         open_blend(args.source, args.output == "1")
     elif args.role == "gpt-dataset":
