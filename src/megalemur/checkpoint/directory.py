@@ -11,12 +11,9 @@ import stat
 from pathlib import Path
 from typing import NamedTuple
 
-import xxhash
-
+from megalemur.checkpoint.digests import FileEntry, verified_chunks
 from megalemur.checkpoint.errors import DamagedCheckpoint, NoGoodCheckpoint
-from megalemur.checkpoint.manifest import MANIFEST, FileEntry, Manifest, parse_manifest
-
-_READ_BYTES = 16 << 20
+from megalemur.checkpoint.manifest import MANIFEST, Manifest, parse_manifest
 
 
 class Newest(NamedTuple):
@@ -77,20 +74,9 @@ def verify_checkpoint(path: Path) -> Manifest:
     """
     manifest = open_manifest(path)
     for name, entry in manifest.files.items():
-        if _digest_of_file(path / name) != entry.digest:
-            raise DamagedCheckpoint(path / name, "its bytes differ from those that were written (xxh3_128)")
+        for _ in verified_chunks(path / name, entry):
+            pass
     return manifest
-
-
-def _digest_of_file(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    try:
-        with path.open("rb", buffering=0) as file:
-            while chunk := file.read(_READ_BYTES):
-                digest.update(chunk)
-    except OSError as error:
-        raise DamagedCheckpoint(path, f"cannot be read: {error.strerror}") from error
-    return digest.hexdigest()
 
 
 def newest_checkpoint(root: Path) -> Newest:

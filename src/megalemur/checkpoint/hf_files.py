@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from megalemur.checkpoint.digests import FileEntry
 from megalemur.checkpoint.exchange import Attempt, Peers
-from megalemur.checkpoint.manifest import FileEntry
 from megalemur.checkpoint.placement import Placed
 from megalemur.checkpoint.tensor_file import TensorFileWriter, TensorSpec, file_order
 from megalemur.config.strict_json import readable_json

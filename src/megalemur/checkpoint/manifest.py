@@ -1,38 +1,43 @@
 """The manifest: what a checkpoint consists of and where each part of the state lies. Free of torch.
 
-A tensor of a rank file is called `name|kind|box`, such as `model.norm.weight|exp_avg|0:64`. Paths are relative and
-never leave the checkpoint.
+Two parts: the weights, as Hugging Face reads them, and the trainer's state, which can be dropped while the weights stay
+verifiable. A tensor of a rank file is called `name|kind|box`, such as `model.norm.weight|exp_avg|0:64`. Paths are
+relative and never leave the checkpoint. docs/checkpoint-format.md has the format.
 """
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import xxhash
 
 from megalemur.checkpoint.cover import gap, inside, overlapping
+from megalemur.checkpoint.digests import CHUNK_BYTES, FileEntry
 from megalemur.checkpoint.errors import DamagedCheckpoint
 from megalemur.config.strict_json import canonical_json, parse_json
 from megalemur.parallel.boxes import Box
 
 FORMAT, VERSION = "megalemur", 1
-MANIFEST, STATE = "manifest.json", "trainer/state.json"
-
-
-class FileEntry(NamedTuple):
-    """Size in bytes and xxh3_128 (hexadecimal) of a file."""
-
-    size: int
-    digest: str
+MANIFEST, TRAINER = "manifest.json", "trainer"
+STATE = f"{TRAINER}/state.json"
+ITEM_BYTES = 4
+"""The state is fp32."""
 
 
 class Stored(NamedTuple):
-    """Where a box of the state lies."""
+    """Where a box of the state lies: row after row, fp32, little-endian."""
 
     box: Box
     file: str
+    offset: int
+    """First byte in the file."""
+
+    @property
+    def stop(self) -> int:
+        """The byte behind the last."""
+        return self.offset + self.box.size * ITEM_BYTES
 
 
 @dataclass(frozen=True)
@@ -43,16 +48,23 @@ class Manifest:
     record: Mapping[str, Any]
     """Layout, backend, optimizer, versions: facts about the run that wrote it."""
     files: Mapping[str, FileEntry]
-    """Every file but the manifest, by relative path."""
+    """Every file but the manifest, by relative path; those of the trainer lie below trainer/."""
     shapes: Mapping[str, tuple[int, ...]]
     """Every Hugging Face tensor of the model."""
     state: Mapping[str, Mapping[str, tuple[Stored, ...]]] = field(repr=False)
-    """Kind to name to boxes, which cover each tensor exactly once."""
+    """Kind to name to boxes, which cover each tensor exactly once; empty once the trainer's part was dropped."""
+    dropped: str = ""
+    """Digest of the trainer's part that was dropped; empty while it is there."""
 
 
 def rank_file(rank: int) -> str:
     """Path of the file with the state that a rank owns."""
-    return f"trainer/rank-{rank:05d}.safetensors"
+    return f"{TRAINER}/rank-{rank:05d}.safetensors"
+
+
+def is_trainers(path: str) -> bool:
+    """Whether a file belongs to the part that can be dropped."""
+    return path.startswith(f"{TRAINER}/")
 
 
 def box_text(box: Box) -> str:
@@ -86,16 +98,41 @@ def dump_manifest(manifest: Manifest) -> bytes:
     body = {
         "format": FORMAT,
         "version": VERSION,
+        "chunk_bytes": CHUNK_BYTES,
         "step": manifest.step,
         "record": manifest.record,
-        "files": {path: {"bytes": entry.size, "xxh3_128": entry.digest} for path, entry in manifest.files.items()},
-        "shapes": {name: list(shape) for name, shape in manifest.shapes.items()},
-        "state": {
-            kind: {name: [[box_text(box), file] for box, file in sorted(found)] for name, found in tensors.items()}
-            for kind, tensors in manifest.state.items()
+        "weights": {
+            "files": _files_json(manifest, trainers=False),
+            "shapes": {name: list(shape) for name, shape in manifest.shapes.items()},
         },
+        "trainer": {"dropped": manifest.dropped} if manifest.dropped else _trainer_json(manifest),
     }
     return canonical_json({**body, "digest": _digest_of(body)})
+
+
+def _trainer_json(manifest: Manifest) -> dict[str, Any]:
+    state = {
+        kind: {
+            name: [[box_text(stored.box), stored.file, stored.offset] for stored in sorted(found)]
+            for name, found in tensors.items()
+        }
+        for kind, tensors in manifest.state.items()
+    }
+    return {"files": _files_json(manifest, trainers=True), "state": state}
+
+
+def _files_json(manifest: Manifest, *, trainers: bool) -> dict[str, Any]:
+    return {
+        path: {"bytes": entry.size, "root": entry.root, "chunks": list(entry.chunks)}
+        for path, entry in manifest.files.items()
+        if is_trainers(path) is trainers
+    }
+
+
+def without_trainer(manifest: Manifest) -> Manifest:
+    """The manifest of the same checkpoint once its trainer/ is gone."""
+    weights = {path: entry for path, entry in manifest.files.items() if not is_trainers(path)}
+    return replace(manifest, files=weights, state={}, dropped=_digest_of(_trainer_json(manifest)))
 
 
 def _digest_of(body: Mapping[str, Any]) -> str:
@@ -119,30 +156,40 @@ def parse_manifest(data: bytes, path: Path) -> Manifest:
             raise ValueError("its digest does not match: the file was changed or cut short after it was written")
         manifest = _of_body(body)
         _check(manifest)
+        if canonical_json({**body, "digest": stated}) != dump_manifest(manifest):
+            raise ValueError("it holds more or other fields than this format has")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(path, str(error)) from error
     return manifest
 
 
 def _of_body(body: Mapping[str, Any]) -> Manifest:
+    weights, trainer = body["weights"], body["trainer"]
+    files = {**weights["files"], **trainer.get("files", {})}
     return Manifest(
         step=body["step"],
         record=body["record"],
-        files={path: FileEntry(entry["bytes"], entry["xxh3_128"]) for path, entry in body["files"].items()},
-        shapes={name: tuple(shape) for name, shape in body["shapes"].items()},
+        files={path: FileEntry(entry["bytes"], tuple(entry["chunks"])) for path, entry in files.items()},
+        shapes={name: tuple(shape) for name, shape in weights["shapes"].items()},
         state={
             kind: {
-                name: tuple(Stored(box_of_text(text), file) for text, file in found) for name, found in tensors.items()
+                name: tuple(Stored(box_of_text(text), file, offset) for text, file, offset in found)
+                for name, found in tensors.items()
             }
-            for kind, tensors in body["state"].items()
+            for kind, tensors in trainer.get("state", {}).items()
         },
+        dropped=trainer.get("dropped", ""),
     )
 
 
 def _check(manifest: Manifest) -> None:
-    for path in manifest.files:
+    for path, entry in manifest.files.items():
         if not is_plain_path(path):
             raise ValueError(f"file name {path!r} does not stay inside the checkpoint")
+        if len(entry.chunks) != -(-entry.size // CHUNK_BYTES) or not all(map(_is_digest, entry.chunks)):
+            raise ValueError(f"{path}: {len(entry.chunks)} digests do not fit {entry.size} bytes")
+    if manifest.dropped and not _is_digest(manifest.dropped):
+        raise ValueError(f"{manifest.dropped!r} is no digest of a dropped part")
     for kind, tensors in manifest.state.items():
         if tensors.keys() != manifest.shapes.keys():
             raise ValueError(f"{kind} is not there for exactly the tensors of the model")
@@ -153,13 +200,19 @@ def _check(manifest: Manifest) -> None:
 def _check_boxes(name: str, kind: str, manifest: Manifest) -> None:
     what, shape, found = f"{name} ({kind})", manifest.shapes[name], manifest.state[kind][name]
     boxes = [stored.box for stored in found]
-    for box, file in found:
-        if not inside(box, shape):
-            raise ValueError(f"{what}: box {box_text(box)} lies outside shape {shape}")
-        if file not in manifest.files:
-            raise ValueError(f"{what}: file {file!r} is not in the list of files")
+    for stored in found:
+        if not inside(stored.box, shape):
+            raise ValueError(f"{what}: box {box_text(stored.box)} lies outside shape {shape}")
+        if not is_trainers(stored.file) or stored.file not in manifest.files:
+            raise ValueError(f"{what}: file {stored.file!r} is not in the list of the trainer's files")
+        if stored.offset < 0 or stored.stop > manifest.files[stored.file].size:
+            raise ValueError(f"{what}: bytes [{stored.offset}, {stored.stop}) lie outside {stored.file}")
     for one, other in overlapping(boxes):
         raise ValueError(f"{what}: boxes {box_text(one)} and {box_text(other)} overlap")
     missing = gap(boxes, shape)
     if missing is not None:
         raise ValueError(f"{what}: {box_text(missing)} is nowhere")
+
+
+def _is_digest(text: str) -> bool:
+    return re.fullmatch(r"[0-9a-f]{32}", text, re.ASCII) is not None

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-import xxhash
 from safetensors import SafetensorError, safe_open
 
+from megalemur.checkpoint.digests import entry_of
 from megalemur.checkpoint.directory import open_manifest
 from megalemur.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from megalemur.checkpoint.hf_files import INDEX, SINGLE
@@ -120,7 +120,7 @@ class CheckpointReader:
             data = (self.path / name).read_bytes()
         except OSError as error:
             raise DamagedCheckpoint(self.path / name, f"cannot be read: {error.strerror}") from error
-        if xxhash.xxh3_128_hexdigest(data) != self.manifest.files[name].digest:
+        if entry_of(data) != self.manifest.files[name]:
             raise DamagedCheckpoint(self.path / name, "its bytes differ from those that were written (xxh3_128)")
         return data
 

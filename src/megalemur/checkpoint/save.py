@@ -17,6 +17,7 @@ import torch.distributed as dist
 import xxhash
 
 from megalemur.checkpoint.cover import inside
+from megalemur.checkpoint.digests import FileEntry
 from megalemur.checkpoint.directory import open_manifest, step_directory, sync_directory
 from megalemur.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from megalemur.checkpoint.exchange import Attempt, Peers
@@ -24,7 +25,7 @@ from megalemur.checkpoint.hf_files import INDEX, WeightFile, WeightGatherer, ind
 from megalemur.checkpoint.manifest import (
     MANIFEST,
     STATE,
-    FileEntry,
+    TRAINER,
     Manifest,
     Stored,
     box_of_text,
@@ -35,7 +36,7 @@ from megalemur.checkpoint.manifest import (
     tensor_key,
 )
 from megalemur.checkpoint.placement import Claim, Placed, place, refuse_problems
-from megalemur.checkpoint.tensor_file import DTYPE_NAMES, TensorFileWriter, TensorSpec, write_bytes
+from megalemur.checkpoint.tensor_file import DTYPE_NAMES, TensorFileWriter, TensorSpec, offsets, write_bytes
 from megalemur.config.strict_json import canonical_json, readable_json
 from megalemur.parallel.state import KINDS, MASTER, Piece
 
@@ -180,7 +181,7 @@ def _begin(peers: Peers, root: Path, step: int) -> Path:
     if peers.rank == 0:
         with attempt.step():
             _refuse_existing(final)
-            (temporary / "trainer").mkdir(parents=True)
+            (temporary / TRAINER).mkdir(parents=True)
     peers.raise_together(attempt.error, "beginning the checkpoint")
     return temporary
 
@@ -217,33 +218,42 @@ def _write(peers: Peers, temporary: Path, plan: _Plan, attempt: Attempt) -> dict
 
 def _write_state(path: Path, own: Sequence[Placed], read: Any) -> FileEntry:
     """One rank file, piece by piece: nothing is gathered, one piece at a time is on the CPU."""
-    specs = {tensor_key(p.name, p.kind, p.box): TensorSpec(p.box.shape, torch.float32) for p in own}
+    specs = _state_specs(own)
     with TensorFileWriter(path, specs) as writer:
         for part, key in zip(own, specs, strict=True):
             writer.write(key, read(part).cpu().contiguous())
         return writer.finish()
 
 
+def _state_specs(own: Sequence[Placed]) -> dict[str, TensorSpec]:
+    return {tensor_key(p.name, p.kind, p.box): TensorSpec(p.box.shape, torch.float32) for p in own}
+
+
 def _all_entries(peers: Peers, entries: Mapping[str, FileEntry], error: Exception | None) -> dict[str, FileEntry]:
     """Size and digest of every file of every rank; raises on all ranks when one has failed."""
     peers.raise_together(error, "writing the checkpoint")
     said = peers.all_gather(entries)
-    return {name: FileEntry(*entry) for other in said for name, entry in sorted(other.items())}
+    return {name: FileEntry(size, tuple(chunks)) for other in said for name, (size, chunks) in sorted(other.items())}
 
 
 def _manifest(plan: _Plan, files: Mapping[str, FileEntry]) -> Manifest:
-    state: dict[str, dict[str, tuple[Stored, ...]]] = {}
+    starts: dict[int, dict[str, int]] = {}
+    for rank in sorted({part.rank for part in plan.placed}):
+        starts[rank] = offsets(_state_specs([part for part in plan.placed if part.rank == rank]))
+    state: dict[str, dict[str, list[Stored]]] = {}
     for part in plan.placed:
-        tensors = state.setdefault(part.kind, {})
-        tensors[part.name] = (*tensors.get(part.name, ()), Stored(part.box, rank_file(part.rank)))
+        offset = starts[part.rank][tensor_key(part.name, part.kind, part.box)]
+        stored = Stored(part.box, rank_file(part.rank), offset)
+        state.setdefault(part.kind, {}).setdefault(part.name, []).append(stored)
     shapes = {name: tuple(shape) for name, shape in plan.contents.shapes.items()}
-    return Manifest(plan.contents.step, plan.contents.record, files, shapes, state)
+    placed = {kind: {name: tuple(found) for name, found in tensors.items()} for kind, tensors in state.items()}
+    return Manifest(plan.contents.step, plan.contents.record, files, shapes, placed)
 
 
 def _commit(temporary: Path, final: Path, manifest: Manifest) -> None:
     """The manifest, everything to the disk, then the one rename that makes it a checkpoint."""
     write_bytes(temporary / MANIFEST, dump_manifest(manifest))
-    sync_directory(temporary / "trainer")
+    sync_directory(temporary / TRAINER)
     sync_directory(temporary)
     if final.exists():
         # it did not verify when this save began; kept for whoever wants to know why

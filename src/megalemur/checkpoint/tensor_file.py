@@ -12,9 +12,8 @@ from types import TracebackType
 from typing import NamedTuple
 
 import torch
-import xxhash
 
-from megalemur.checkpoint.manifest import FileEntry
+from megalemur.checkpoint.digests import ChunkDigester, FileEntry, entry_of
 
 # Large tensors pass through; norms and the like are collected into writes that parallel file systems like.
 _BUFFER_BYTES = 8 << 20
@@ -43,8 +42,7 @@ class TensorFileWriter:
 
     def __init__(self, path: Path, specs: Mapping[str, TensorSpec]):
         self._waiting = dict(specs)
-        self._digest = xxhash.xxh3_128()
-        self._size = 0
+        self._digest = ChunkDigester()
         self._file = path.open("xb", buffering=_BUFFER_BYTES)
         self._put(_header(specs))
 
@@ -65,16 +63,15 @@ class TensorFileWriter:
         self._put(tensor.view(-1).view(torch.uint8).numpy().data)
 
     def finish(self) -> FileEntry:
-        """Bring the file to the disk; its size and digest."""
+        """Bring the file to the disk; its size and digests."""
         assert not self._waiting, f"{len(self._waiting)} tensors were announced and not written"
         self._file.flush()
         os.fsync(self._file.fileno())
-        return FileEntry(self._size, self._digest.hexdigest())
+        return self._digest.entry()
 
     def _put(self, data: bytes | memoryview) -> None:
         self._file.write(data)
         self._digest.update(data)
-        self._size += len(data)
 
 
 def file_order(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
@@ -88,7 +85,16 @@ def write_bytes(path: Path, data: bytes) -> FileEntry:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    return FileEntry(len(data), xxhash.xxh3_128_hexdigest(data))
+    return entry_of(data)
+
+
+def offsets(specs: Mapping[str, TensorSpec]) -> dict[str, int]:
+    """First byte of each tensor in the file that these specs make."""
+    position, found = len(_header(specs)), {}
+    for name, spec in specs.items():
+        found[name] = position
+        position += spec.bytes
+    return found
 
 
 def _header(specs: Mapping[str, TensorSpec]) -> bytes:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from megalemur.checkpoint.digests import FileEntry, entry_of
 from megalemur.checkpoint.errors import DamagedCheckpoint
 from megalemur.checkpoint.manifest import (
-    FileEntry,
     Manifest,
     Stored,
     box_of_text,
@@ -15,6 +15,7 @@ from megalemur.checkpoint.manifest import (
     dump_manifest,
     is_plain_path,
     parse_manifest,
+    without_trainer,
 )
 from megalemur.parallel.boxes import Box
 
@@ -22,9 +23,9 @@ RANK = "trainer/rank-00000.safetensors"
 GOOD = Manifest(
     step=7,
     record={"layout": {"tensor": 2}},
-    files={RANK: FileEntry(10, "00"), "config.json": FileEntry(2, "11")},
+    files={RANK: entry_of(bytes(200)), "config.json": entry_of(b"{}")},
     shapes={"w": (4, 6)},
-    state={"master": {"w": (Stored(Box((0, 0), (4, 3)), RANK), Stored(Box((0, 3), (4, 6)), RANK))}},
+    state={"master": {"w": (Stored(Box((0, 0), (4, 3)), RANK, 96), Stored(Box((0, 3), (4, 6)), RANK, 144))}},
 )
 
 
@@ -50,17 +51,33 @@ def test_a_manifest_cut_short_is_noticed(keep: int) -> None:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (replace(GOOD, files={**GOOD.files, "../evil": FileEntry(1, "0")}), "does not stay inside"),
-        (replace(GOOD, files={}), "is not in the list of files"),
+        (replace(GOOD, files={**GOOD.files, "../evil": entry_of(b"x")}), "does not stay inside"),
+        (replace(GOOD, files={}), "is not in the list of the trainer's files"),
+        (replace(GOOD, files={**GOOD.files, RANK: entry_of(bytes(191))}), r"bytes \[144, 192\) lie outside"),
+        (replace(GOOD, files={**GOOD.files, RANK: FileEntry(200, ())}), "0 digests do not fit 200 bytes"),
+        (replace(GOOD, files={**GOOD.files, RANK: FileEntry(200, ("00",))}), "1 digests do not fit"),
+        (replace(GOOD, state={}, dropped="no"), "no digest of a dropped part"),
+        (
+            replace(GOOD, state={"master": {"w": (Stored(Box((0, 0), (4, 6)), "config.json", 0),)}}),
+            "the trainer's files",
+        ),
         (replace(GOOD, shapes={"w": (4, 6), "v": (2,)}), "not there for exactly the tensors"),
         (replace(GOOD, shapes={"w": (4, 5)}), "lies outside shape"),
         (replace(GOOD, shapes={"w": (5, 6)}), "4:5,0:6 is nowhere"),
-        (replace(GOOD, state={"master": {"w": (Stored(Box((0, 0), (4, 4)), RANK),) * 2}}), "overlap"),
+        (replace(GOOD, state={"master": {"w": (Stored(Box((0, 0), (4, 4)), RANK, 0),) * 2}}), "overlap"),
     ],
 )
 def test_contradictions_are_refused_although_the_digest_is_right(wrong: Manifest, said: str) -> None:
     with pytest.raises(DamagedCheckpoint, match=said):
         parse_manifest(dump_manifest(wrong), Path("m"))
+
+
+def test_the_trainers_part_can_be_dropped_and_the_rest_still_verifies() -> None:
+    thin = without_trainer(GOOD)
+    assert set(thin.files) == {"config.json"} and thin.shapes == GOOD.shapes and not thin.state
+    assert parse_manifest(dump_manifest(thin), Path("m")) == thin
+    other = replace(GOOD, state={"master": {"w": (Stored(Box((0, 0), (4, 6)), RANK, 0),)}})
+    assert without_trainer(other).dropped != thin.dropped
 
 
 def test_another_version_is_named() -> None:
