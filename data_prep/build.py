@@ -1,4 +1,4 @@
-"""A build from its input to its manifest: plan, encode, join. Whatever is finished is not done twice."""
+"""A build from its input to its manifest: plan, encode and join. Whatever is finished is not encoded twice."""
 
 import time
 from collections import Counter
@@ -20,7 +20,7 @@ from data_prep.engine import Choice
 from data_prep.errors import BadDocumentError, ChangedError
 from data_prep.feed import CHUNK_BYTES, Chunk, chunks_of
 from data_prep.inputs import Format, Source, find_inputs
-from data_prep.join import copy_shuffled, input_records, join_units
+from data_prep.join import Joiner, copy_shuffled, input_records
 from data_prep.plan import Unit, make_units, part_of
 from data_prep.progress import BuildProgress
 from data_prep.work import Work, refuse_other_plan
@@ -31,6 +31,7 @@ from megalemur.data.writer import IndexedWriter, Written
 
 # several batches in a row: an engine whose cache degenerates shows it only after some tens of thousands of words
 _SAMPLED_UNITS, _SAMPLED_BATCHES = 2, 4
+_JOINED_AT_ONCE = 8  # units
 
 
 class Request(NamedTuple):
@@ -73,8 +74,8 @@ class Frontier:
             unit = self.units[self.mine.start]
             self._lines[unit.first] = lines_before(self.sources[unit.first], unit)
 
-    def advance(self, done: dict[tuple[int, int], Extent]) -> None:
-        """Take all units that are finished and have no unfinished one before them.
+    def advance(self, done: dict[tuple[int, int], Extent]) -> Iterator[Extent]:
+        """The units that are finished and have no unfinished one before them, in order, each once.
 
         Raises:
             BadDocumentError: more bad documents than are allowed.
@@ -90,6 +91,7 @@ class Frontier:
                 self._lines[source] += tally.lines
             unit, chunk = self._at
             self._at = (unit + 1, 0) if extent.last else (unit, chunk + 1)
+            yield extent
 
     def _refuse_too_many(self) -> None:
         if len(self.bad) <= self.allowed:
@@ -137,11 +139,12 @@ def build(request: Request, console: Console) -> Manifest:
         try:
             plan, reason = begin(request, work, pool, _plan(request, sources, units, ready))
             console.print(f"{len(sources):,} files; {reason}", highlight=False, soft_wrap=True)
-            frontier = encode_all(request, work, pool, sources, units, plan, console)
-            pool.close()
-            refuse_changed(sources)
-            encoded = time.monotonic()
-            manifest = _finish(request, work, sources, frontier, ready, plan, (began, encoded))
+            with Joiner(work, _joined(request, work), ready.record.vocab_size) as joiner:
+                frontier = encode_all(request, joiner, pool, sources, units, plan, console)
+                pool.close()
+                refuse_changed(sources)
+                encoded = time.monotonic()
+                manifest = _finish(request, joiner, sources, frontier, ready, plan, (began, encoded))
         except BaseException:
             work.close()
             raise
@@ -149,6 +152,11 @@ def build(request: Request, console: Console) -> Manifest:
     finally:
         pool.close()
     return manifest
+
+
+def _joined(request: Request, work: Work) -> Path:
+    """Where the units are joined: in the end already, or where their documents still have to be put into order."""
+    return request.output if request.shuffle is None else work.path / "ordered"
 
 
 def complete_already(request: Request) -> Manifest | None:
@@ -235,14 +243,15 @@ def _sample(request: Request, plan: dict[str, Any]) -> Iterator[list[str]]:
 
 def encode_all(
     request: Request,
-    work: Work,
+    joiner: Joiner,
     pool: Pool,
     sources: list[Source],
     units: list[Unit],
     plan: dict[str, Any],
     console: Console,
 ) -> Frontier:
-    """Have every unit of this part encoded that is not in the journal."""
+    """Have every unit of this part encoded that is not in the journal, and join them meanwhile."""
+    work = joiner.work
     settings = Settings(request.tokenizer, plan["engine"], request.text_key, request.prepend_bos, request.append_eos)
     pool.start(settings, sources, [work.new_shard(k) for k in range(request.workers)])
     mine = part_of(units, *request.part) if request.part else range(len(units))
@@ -250,17 +259,18 @@ def encode_all(
     total = sum(units[number].weight for number in mine)
     finished = sum(units[unit].weight for (unit, _), extent in work.extents.items() if extent.last)
     with BuildProgress(console, total, finished) as progress:
-        frontier.advance(work.extents)
         tasks = _tasks(sources, units, mine, work)
         while True:
             while (pipe := pool.idle()) is not None and (task := next(tasks, None)) is not None:
                 pool.give(pipe, task)
+            # the disk writes while the workers encode; a few at a time, so that they never wait for their next unit
+            for extent in islice(frontier.advance(work.extents), _JOINED_AT_ONCE if pool.busy else None):
+                joiner.add(extent)
             if not pool.busy:
                 return frontier
             for extent in pool.finished():
                 work.add(extent)
                 _show(progress, units, extent)
-            frontier.advance(work.extents)
 
 
 def _show(progress: BuildProgress, units: Sequence[Unit], extent: Extent) -> None:
@@ -322,14 +332,15 @@ def refuse_changed(sources: Sequence[Source]) -> None:
 
 def _finish(
     request: Request,
-    work: Work,
+    joiner: Joiner,
     sources: list[Source],
     frontier: Frontier,
     ready: Ready,
     plan: dict[str, Any],
     clock: tuple[float, float],
 ) -> Manifest:
-    """Join the shards and write the manifest."""
+    """Put the documents into their order where one is asked for, and write the manifest."""
+    work = joiner.work
     extents = [extent for _, extent in sorted(work.extents.items())]
     if not any(extent.tokens for extent in extents):
         empty = sum(tally.empty for extent in extents for tally in extent.tallies.values())
@@ -352,18 +363,13 @@ def _finish(
             origin=_origin(request, plan, seconds),
         )
 
-    vocab_size = ready.record.vocab_size
     if request.shuffle is None:
-        with IndexedWriter(request.output, vocab_size=vocab_size, scratch=work.path / "joined") as writer:
-            join_units(work, extents, writer)
-            writer.commit(manifest)
+        joiner.writer.commit(manifest)
         return _read_back(request.output)
-    ordered = work.path / "ordered"
-    with IndexedWriter(ordered, vocab_size=vocab_size, scratch=work.path / "joined") as writer:
-        join_units(work, extents, writer)
-        writer.commit()
-    with IndexedWriter(request.output, vocab_size=vocab_size, scratch=work.path / "joined") as writer:
-        copy_shuffled(IndexedFile(ordered), request.shuffle, writer)
+    joiner.writer.commit()
+    vocab_size = ready.record.vocab_size
+    with IndexedWriter(request.output, vocab_size=vocab_size, scratch=work.path / "shuffled") as writer:
+        copy_shuffled(IndexedFile(joiner.writer.prefix), request.shuffle, writer)
         writer.commit(manifest)
     return _read_back(request.output)
 

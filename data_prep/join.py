@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,28 +20,46 @@ from megalemur.data.writer import IndexedWriter
 _BLOCK, _BLOCK_TOKENS = 1 << 14, 1 << 23  # documents and tokens that are gathered at once
 
 
-def join_units(work: Work, extents: Sequence[Extent], writer: IndexedWriter) -> None:
-    """Append the units in order; each is digested again on the way.
+class Joiner:
+    """Appends finished units to the data set in the making; a context manager, which leaves nothing behind."""
 
-    Raises:
-        WorkError: a shard is no longer what was written; the next run does the unit again.
-    """
-    files: dict[str, int] = {}
-    try:
-        for extent in extents:
-            if not extent.tokens:
-                continue
-            if not work.intact(extent):
-                raise WorkError(
-                    f"{work.path / extent.shard} was damaged since it was written; run the same command again"
-                )
-            tokens, lengths = work.read(extent)
-            if extent.shard not in files:
-                files[extent.shard] = os.open(work.path / extent.shard, os.O_RDONLY)
-            writer.add_extent(files[extent.shard], extent.start, tokens.view(writer.dtype), lengths)
-    finally:
-        for file in files.values():
+    def __init__(self, work: Work, prefix: Path, vocab_size: int):
+        """Begin an empty data set.
+
+        Args:
+            work: where the units lie.
+            prefix: of the data set.
+            vocab_size: ids are below it.
+        """
+        self.work = work
+        self.writer = IndexedWriter(prefix, vocab_size=vocab_size, scratch=work.path / "joined")
+        self._files: dict[str, int] = {}
+
+    def __enter__(self) -> "Joiner":
+        self.writer.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for file in self._files.values():
             os.close(file)
+        self.writer.__exit__(*error)
+
+    def add(self, extent: Extent) -> None:
+        """Append the next unit; it is digested again on the way.
+
+        Raises:
+            WorkError: its shard is no longer what was written; the next run does the unit again.
+        """
+        if not extent.tokens:
+            return
+        if not self.work.intact(extent):
+            raise WorkError(
+                f"{self.work.path / extent.shard} was damaged since it was written; run the same command again"
+            )
+        tokens, lengths = self.work.read(extent)
+        if extent.shard not in self._files:
+            self._files[extent.shard] = os.open(self.work.path / extent.shard, os.O_RDONLY)
+        self.writer.add_extent(self._files[extent.shard], extent.start, tokens.view(self.writer.dtype), lengths)
 
 
 def copy_shuffled(source: IndexedFile, seed: int, writer: IndexedWriter) -> None:

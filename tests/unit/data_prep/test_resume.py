@@ -82,17 +82,17 @@ def test_damaged_shards_and_a_torn_journal_are_done_again(begun):
 
 
 def test_a_shard_that_is_damaged_before_it_is_joined_ends_the_build(begun, monkeypatch):
-    from data_prep import build as build_module
+    from data_prep.join import Joiner
 
-    def damage(work, extents, writer):
-        [path] = [work.path / extents[0].shard]
+    def damage(joiner, extent):
+        path = joiner.work.path / extent.shard
         data = bytearray(path.read_bytes())
-        data[extents[0].start] ^= 1
+        data[extent.start] ^= 1
         path.write_bytes(data)
-        return join_units(work, extents, writer)
+        return add(joiner, extent)
 
-    join_units = build_module.join_units
-    monkeypatch.setattr(build_module, "join_units", damage)
+    add = Joiner.add
+    monkeypatch.setattr(Joiner, "add", damage)
     assert "was damaged since it was written" in build(begun / "a.jsonl", begun / "a", "--skip-bad", 1, code=25)
     assert not (begun / "a.idx").exists()
     monkeypatch.undo()
