@@ -48,8 +48,9 @@ bench-data: setup  ## the preprocessor beside a pool, its engine and cp; its mem
 bench-gpu: setup  ## the same on a GPU, at the width of Llama-2-70B
 	$(BIN)/python -W ignore benchmarks/train_step.py --width 70b
 
-faults: setup  ## a thousand kills of builds: no byte may change
+faults: setup  ## a thousand kills of builds: no byte may change; a merge beyond 2^32 tokens
 	$(BIN)/python -m tests.faults.kill_builds --kills 1000
+	$(BIN)/python -m tests.faults.merge_large
 
 fuzz: setup  ## a million mutated indexes, 50,000 strings through the fast engine: typed errors, equal ids
 	$(BIN)/python -m tests.faults.fuzz_index --mutations 1000000

@@ -6,6 +6,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from megalemur.data.indexed import HEADER, MAGIC, VERSION, IndexedFile
 from megalemur.data.manifest import InputRecord, Manifest, Origin, TokenizerRecord
 from megalemur.data.writer import IndexedWriter, Written
 
@@ -54,3 +57,28 @@ def write_dataset(
             writer.add(document)
         writer.commit(lambda written: manifest_of(written, tokenizer, **changes))
     return prefix
+
+
+def write_holes(prefix: Path, documents: int, tokens: int, first_id: int) -> Path:
+    """A data set of large documents that take no room: holes, but for their first tokens, first_id and so on."""
+    lengths = np.full(documents, tokens, "<i4")
+    starts = np.arange(documents, dtype="<i8") * tokens * 2
+    with Path(f"{prefix}.idx").open("wb") as stream:
+        stream.write(HEADER.pack(MAGIC, VERSION, 8, documents, documents + 1))
+        for column in (lengths, starts, np.arange(documents + 1)):
+            stream.write(column.tobytes())
+    with Path(f"{prefix}.bin").open("wb") as stream:
+        for number, start in enumerate(starts.tolist()):
+            stream.seek(start)
+            stream.write((first_id + number).to_bytes(2, "little"))
+        stream.truncate(documents * tokens * 2)
+    return prefix
+
+
+def refuse_wrong_holes(prefix: Path, documents: int, tokens: int, first_id: int) -> None:
+    """Whether a data set is what `write_holes` would have written; looks at both ends of every document."""
+    file = IndexedFile(prefix)
+    assert file.document_bounds(0, documents).tolist() == [k * tokens for k in range(documents + 1)]
+    for number in range(documents):
+        document = file.document(number)
+        assert (document[0], document[1], document[-1]) == (first_id + number, 0, 0)

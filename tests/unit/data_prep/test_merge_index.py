@@ -8,7 +8,7 @@ from data_prep import merge_index
 from megalemur.data.indexed import HEADER, IndexedFile
 from megalemur.data.manifest import read_manifest
 from megalemur.data.writer import IndexedWriter
-from tests.support.datasets import tokenizer_record, write_dataset
+from tests.support.datasets import refuse_wrong_holes, tokenizer_record, write_dataset, write_holes
 
 A, B = [[5, 6, 2], [7, 2]], [[8, 2], [9, 9, 9, 2]]
 
@@ -77,19 +77,11 @@ def test_a_damaged_source_is_not_merged(tmp_path):
 
 def test_a_merge_beyond_2_31_bytes(tmp_path):
     """https://github.com/NVIDIA/Megatron-LM/issues/1672: pointers overflowed. Both sources are holes."""
-    lengths = np.full(3, 2**28, "<i4")
-    for name in ("a", "b"):
-        pointers = np.arange(3, dtype="<i8") * 2**29
-        with (tmp_path / f"{name}.idx").open("wb") as stream:
-            stream.write(HEADER.pack(b"MMIDIDX\0\0", 1, 8, 3, 4))
-            for column in (lengths, pointers, np.arange(4)):
-                stream.write(column.tobytes())
-        with (tmp_path / f"{name}.bin").open("wb") as stream:
-            stream.truncate(3 * 2**29)
+    for name, first_id in (("a", 7), ("b", 10)):
+        write_holes(tmp_path / name, 3, 2**28, first_id)
     merged = merge(tmp_path / "a", tmp_path / "b", "--output", tmp_path / "c", "--vocab-size", 32000)
     assert merged.exit_code == 0, merged.output
-    file = IndexedFile(tmp_path / "c")
-    assert file.num_tokens == 6 * 2**28 and file.document_bounds(0, 6).tolist() == [k * 2**28 for k in range(7)]
+    refuse_wrong_holes(tmp_path / "c", 6, 2**28, 7)
 
 
 def test_the_index_of_more_than_2_32_tokens(tmp_path):
