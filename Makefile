@@ -48,13 +48,13 @@ bench-data: setup  ## the preprocessor beside a pool, its engine and cp; its mem
 bench-gpu: setup  ## the same on a GPU, at the width of Llama-2-70B
 	$(BIN)/python -W ignore benchmarks/train_step.py --width 70b
 
-faults: setup  ## a thousand kills of builds: no byte may change; a merge beyond 2^32 tokens
-	$(BIN)/python -m tests.faults.kill_builds --kills 1000
-	$(BIN)/python -m tests.faults.merge_large
+faults: setup  ## kills, damage, faults: an hour of each campaign's tenth, or CAMPAIGN=name N=trials SEED=number
+	$(BIN)/python -W ignore -m tests.faults.campaign $(CAMPAIGN) $(if $(N),--trials $(N)) $(if $(SEED),--seed $(SEED)) $(if $(CAMPAIGN)$(N),,--minutes 60)
 
-fuzz: setup  ## a million mutated indexes, 50,000 strings through the fast engine: typed errors, equal ids
+fuzz: setup  ## a million mutated indexes, 50,000 strings through the fast engine, a merge beyond 2^32 tokens
 	$(BIN)/python -m tests.faults.fuzz_index --mutations 1000000
 	$(BIN)/python -m tests.faults.fuzz_tokens --strings 50000
+	$(BIN)/python -m tests.faults.merge_large
 
 clean:  ## remove what runs left behind, not the environment
 	rm -rf out .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

@@ -1,4 +1,4 @@
-"""Merges two data sets into one of more than 2^32 tokens, 12.9 GB, and verifies it. Run by `make faults`.
+"""Merges two data sets into one of more than 2^32 tokens, 12.9 GB, and verifies it. Run by `make fuzz`.
 
 python -m tests.faults.merge_large --directory /somewhere/with/13/GB
 """
