@@ -1,5 +1,6 @@
 """A build from its input to its manifest: plan, encode and join. Whatever is finished is not encoded twice."""
 
+import hashlib
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,8 +24,10 @@ from data_prep.inputs import Format, Source, find_inputs
 from data_prep.join import Joiner, copy_shuffled, input_records
 from data_prep.plan import Unit, make_units, part_of
 from data_prep.progress import BuildProgress
+from data_prep.tokenizer import tokenizer_file
 from data_prep.work import Work, refuse_other_plan
 from data_prep.workers import Pool, Ready, Task
+from megalemur.data.errors import DamagedDataError
 from megalemur.data.indexed import IndexedFile, optimal_dtype
 from megalemur.data.manifest import BadDocument, Manifest, Origin, read_manifest
 from megalemur.data.writer import IndexedWriter, Written
@@ -132,12 +135,13 @@ def build(request: Request, console: Console) -> Manifest:
     pool = Pool(request.workers, request.tokenizer, request.engine)
     try:
         sources = find_inputs(request.inputs, request.format)
+        refuse_output_below_input(request)
         units = make_units(sources)
         ready = pool.ready()
         refuse_missing_tokens(request, ready)
         work = Work(request.output, optimal_dtype(ready.record.vocab_size).itemsize)
         try:
-            plan, reason = begin(request, work, pool, _plan(request, sources, units, ready))
+            plan, reason = begin(request, work, pool, _plan(request, sources, units, ready.record.sha256))
             console.print(f"{len(sources):,} files; {reason}", highlight=False, soft_wrap=True)
             with Joiner(work, _joined(request, work), ready.record.vocab_size) as joiner:
                 frontier = encode_all(request, joiner, pool, sources, units, plan, console)
@@ -160,20 +164,47 @@ def _joined(request: Request, work: Work) -> Path:
 
 
 def complete_already(request: Request) -> Manifest | None:
-    """The data set that a build finished which was killed while it tidied up; None where there is no such thing."""
-    manifest = read_manifest(request.output)
-    left = Path(f"{request.output}.work")
-    if manifest is None or not left.exists() or not manifest.vouches(request.output):
+    """The data set where this very command has built it before, as when it was killed when only tidying up was left.
+
+    None where there is none, or another one.
+    """
+    try:
+        manifest = read_manifest(request.output)
+    except DamagedDataError:
+        return None
+    if manifest is None or not manifest.vouches(request.output):
         return None
     same = {key: value for key, value in _arguments(request).items() if key != "workers"}
-    if not same.items() <= dict(manifest.origin.arguments).items():
+    if any(manifest.origin.arguments.get(key) != value for key, value in same.items()):
         return None
+    if not Path(f"{request.output}.work").exists():
+        return manifest if _digest_now(request) == manifest.plan else None
     work = Work(request.output, 1)
-    if (plan := work.plan()) is not None and _plan_digest(plan) != manifest.plan:
+    plan = work.plan()
+    if (_plan_digest(plan) if plan else _digest_now(request)) != manifest.plan:
         work.close()
         return None
     work.remove()
     return manifest
+
+
+def _digest_now(request: Request) -> str | None:
+    """What a manifest of this request would have as its plan; None where a pipe is read, which nobody can look up."""
+    sources = find_inputs(request.inputs, request.format)
+    if any(source.size is None for source in sources):
+        return None
+    tokenizer = hashlib.sha256(tokenizer_file(request.tokenizer).read_bytes()).hexdigest()
+    return _plan_digest(_plan(request, sources, make_units(sources), tokenizer))
+
+
+def refuse_output_below_input(request: Request) -> None:
+    """Refuse an output in a directory that is an input: a second run would find the shards of the first among it."""
+    output = request.output.resolve()
+    for text in request.inputs:
+        if "://" not in text and Path(text).is_dir() and output.is_relative_to(Path(text).resolve()):
+            raise ValueError(
+                f"--output {request.output}: lies in --input {text} and would become input; choose another"
+            )
 
 
 def refuse_missing_tokens(request: Request, ready: Ready) -> None:
@@ -184,11 +215,11 @@ def refuse_missing_tokens(request: Request, ready: Ready) -> None:
         raise ValueError(f"--tokenizer {request.tokenizer}: has no EOS; use --no-append-eos")
 
 
-def _plan(request: Request, sources: Sequence[Source], units: Sequence[Unit], ready: Ready) -> dict[str, Any]:
+def _plan(request: Request, sources: Sequence[Source], units: Sequence[Unit], tokenizer: str) -> dict[str, Any]:
     """What the bytes of the output are a function of."""
     settings = {
         "text key": request.text_key,
-        "tokenizer": ready.record.sha256,
+        "tokenizer": tokenizer,
         "prepend BOS": request.prepend_bos,
         "append EOS": request.append_eos,
         "part": list(request.part) if request.part else None,
@@ -342,7 +373,8 @@ def _finish(
     """Put the documents into their order where one is asked for, and write the manifest."""
     work = joiner.work
     extents = [extent for _, extent in sorted(work.extents.items())]
-    if not any(extent.tokens for extent in extents):
+    # a part may be empty: there may be fewer units than parts
+    if request.part is None and not any(extent.tokens for extent in extents):
         empty = sum(tally.empty for extent in extents for tally in extent.tallies.values())
         raise ValueError(f"{request.output}: the input has {empty} documents and no text; give files with text in them")
     control = sum((Counter(extent.control) for extent in extents), Counter[str]())

@@ -11,9 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from data_prep.build import Request, build, complete_already
-from data_prep.errors import DiskError, PrepError
+from data_prep.exits import errors_said
 from data_prep.join import part_prefix
-from megalemur.data.errors import DataError
 from megalemur.data.indexed import idx_path
 from megalemur.data.manifest import Manifest
 
@@ -80,7 +79,7 @@ def command(  # noqa: PLR0913 - typer reads the options from the parameters
     """
     began = time.monotonic()
     console = Console()
-    try:
+    with errors_said("finished units stay"):
         which = _part(part, parts, shuffle)
         if which is not None:
             output = part_prefix(output, *which)
@@ -102,15 +101,14 @@ def command(  # noqa: PLR0913 - typer reads the options from the parameters
         manifest = _complete(request, console, overwrite=overwrite)
         if report is not None:
             _report(output, report, tokenizer)
-    except (PrepError, ValueError, DataError, OSError) as error:
-        _fail(error)
     console.print(_table(output, manifest, time.monotonic() - began))
 
 
 def _complete(request: Request, console: Console, *, overwrite: bool) -> Manifest:
-    """Build, unless a build was killed when there was nothing left to do but to tidy up."""
+    """Build, unless this very command has done so, as when it was killed while it tidied up or wrote its report."""
     done = None if overwrite else complete_already(request)
     if done is not None:
+        console.print(f"{request.output} is complete: this command built it before", highlight=False, soft_wrap=True)
         return done
     path = idx_path(request.output)
     if path.exists() and not overwrite:
@@ -126,13 +124,6 @@ def _part(part: int | None, parts: int | None, shuffle: int | None) -> tuple[int
     if shuffle is not None:
         raise ValueError("--shuffle: documents are put into their order when the parts are merged; give it there")
     return part, parts
-
-
-def _fail(error: Exception) -> None:
-    typer.echo(f"error: {error}", err=True)
-    if isinstance(error, OSError):
-        raise typer.Exit(DiskError.code) from None
-    raise typer.Exit(error.code if isinstance(error, PrepError) else 1) from None
 
 
 def _report(output: Path, report: Path, tokenizer: Path) -> None:

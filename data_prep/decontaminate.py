@@ -19,10 +19,15 @@ import numpy as np
 import orjson
 import typer
 
+from data_prep.exits import errors_said
 from data_prep.subset import (
     Block,
     Change,
     Dataset,
+    DryRun,
+    Made,
+    Overwrite,
+    VocabSize,
     check_output,
     commit_subset,
     copy_documents,
@@ -31,7 +36,6 @@ from data_prep.subset import (
     options_of,
 )
 from data_prep.tokenizer import Tokenizer, load_tokenizer
-from megalemur.data.errors import DataError
 from megalemur.data.writer import IndexedWriter
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -92,9 +96,9 @@ class Options(NamedTuple):
     ] = 8
     output: Annotated[Path | None, typer.Option(help="Prefix of the files to write.")] = None
     report: Annotated[Path | None, typer.Option(help="JSON lines to write: document, entry, n-gram.")] = None
-    vocab_size: Annotated[int | None, typer.Option(min=1, help="Number of ids, for data without a manifest.")] = None
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a data set of the same name.")] = False
+    vocab_size: VocabSize = None
+    dry_run: DryRun = False
+    overwrite: Overwrite = False
 
 
 @app.command()
@@ -108,26 +112,17 @@ def command(options: Options) -> None:
     and read --report.
     """
     began = time.monotonic()
-    try:
+    with errors_said():
         if (options.output is None) != options.dry_run:
             raise ValueError("write either --output PREFIX or --dry-run")
+        asked = _arguments(options)
         if options.output is not None:
-            check_output("--output", options.output, [options.prefix], overwrite=options.overwrite)
+            made = Made("decontaminate", asked, [options.prefix])
+            check_output("--output", options.output, [options.prefix], overwrite=options.overwrite, made=made)
         texts = read_benchmarks(options.benchmarks, options.key.split(",") if options.key else None)
         grams = Grams(texts, options.ngram, min(options.shortest, options.ngram))
         source, decoder = _opened(options.prefix, options.tokenizer, options.vocab_size)
-        asked = {
-            "prefix": str(options.prefix),
-            "tokenizer": str(options.tokenizer),
-            "benchmarks": [str(path) for path in options.benchmarks],
-            "key": options.key,
-            "ngram": options.ngram,
-            "shortest": options.shortest,
-        }
         tally = decontaminate(source, Scanner(decoder, grams), options.output, arguments=asked, report=options.report)
-    except (ValueError, DataError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
     removed = f"{tally.removed:,} {'would be ' if options.dry_run else ''}removed"
     typer.echo(
         f"{options.prefix}: {tally.documents - tally.removed:,} of {tally.documents:,} documents kept, {removed}; "
@@ -135,6 +130,17 @@ def command(options: Options) -> None:
         f"{options.ngram} words searched as a whole, {grams.tiny:,} below {options.shortest} compared with whole "
         f"documents, in {time.monotonic() - began:.1f} s"
     )
+
+
+def _arguments(options: Options) -> dict[str, Any]:
+    return {
+        "prefix": str(options.prefix),
+        "tokenizer": str(options.tokenizer),
+        "benchmarks": [str(path) for path in options.benchmarks],
+        "key": options.key,
+        "ngram": options.ngram,
+        "shortest": options.shortest,
+    }
 
 
 def _opened(prefix: Path, path: Path, vocab_size: int | None) -> tuple[Dataset, Tokenizer]:

@@ -17,10 +17,15 @@ import typer
 import xxhash
 from rensa import RMinHash, RMinHashLSH
 
+from data_prep.exits import errors_said
 from data_prep.subset import (
     Change,
     Copied,
     Dataset,
+    DryRun,
+    Made,
+    Overwrite,
+    VocabSize,
     check_output,
     commit_subset,
     copy_documents,
@@ -29,7 +34,6 @@ from data_prep.subset import (
     options_of,
     same_tokenizer,
 )
-from megalemur.data.errors import DataError
 from megalemur.data.writer import IndexedWriter
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -101,9 +105,9 @@ class Options(NamedTuple):
     shingle: Annotated[int, typer.Option(min=1, help="Tokens of a shingle; shorter documents: exact only.")] = 5
     permutations: Annotated[int, typer.Option(min=16, help="Numbers of a MinHash signature.")] = 128
     seed: Annotated[int, typer.Option(min=0, help="Of the signatures.")] = 0
-    vocab_size: Annotated[int | None, typer.Option(min=1, help="Number of ids, for data without a manifest.")] = None
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace data sets of the same names.")] = False
+    vocab_size: VocabSize = None
+    dry_run: DryRun = False
+    overwrite: Overwrite = False
 
 
 @app.command()
@@ -119,16 +123,13 @@ def command(options: Options) -> None:
     threshold is found with a chance of at least 0.9 (0.95 with the defaults), a more similar one with more.
     """
     began = time.monotonic()
-    try:
-        outputs = _outputs(options)
+    with errors_said():
         wanted = _near(options)
+        outputs = _outputs(options, wanted)
         sources = [open_dataset(prefix, options.vocab_size) for prefix in options.prefixes]
         same_tokenizer(sources)
         found = find_duplicates(sources, wanted)
         write(sources, outputs, found=found, near=wanted)
-    except (ValueError, DataError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
     removed = "would be removed" if options.dry_run else "removed"
     for source, exact, alike in zip(sources, found.exact, found.near, strict=True):
         total = source.file.num_documents
@@ -139,7 +140,7 @@ def command(options: Options) -> None:
     typer.echo(f"{len(sources)} data sets in {time.monotonic() - began:.1f} s")
 
 
-def _outputs(options: Options) -> list[Path]:
+def _outputs(options: Options, near: Near | None) -> list[Path]:
     """A prefix for each data set; none where nothing is written."""
     prefixes, output, directory = options.prefixes, options.output, options.output_directory
     names = [prefix.name for prefix in prefixes]
@@ -157,7 +158,8 @@ def _outputs(options: Options) -> list[Path]:
     outputs = [output] if output is not None else [(directory or Path()) / name for name in names]
     for path in outputs:
         option = "--output-directory" if directory else "--output"
-        check_output(option, path, prefixes, overwrite=options.overwrite)
+        made = Made("deduplicate", _arguments(prefixes, path, near), prefixes)
+        check_output(option, path, prefixes, overwrite=options.overwrite, made=made)
     return outputs
 
 
@@ -337,10 +339,10 @@ def write(sources: Sequence[Dataset], outputs: Sequence[Path], *, found: Found, 
         found: what stays.
         near: for the manifest.
     """
-    copied = []
+    copied, prefixes = [], [source.prefix for source in sources]
     for number, (source, output) in enumerate(zip(sources, outputs, strict=False)):
         start, stop = found.starts[number : number + 2]
-        change = Change("deduplicate", _arguments(sources, output, near), _facts(sources, found, number, near))
+        change = Change("deduplicate", _arguments(prefixes, output, near), _facts(sources, found, number, near))
         with IndexedWriter(output, vocab_size=source.vocab_size) as writer:
             numbers = _true(found.kept[start:stop])
             copied.append(copy_documents(source.file, numbers, writer, unk_id=source.unk_id))
@@ -353,9 +355,9 @@ def _true(flags: np.ndarray) -> Iterator[np.ndarray]:
         yield first + np.flatnonzero(flags[first : first + _BLOCK])
 
 
-def _arguments(sources: Sequence[Dataset], output: Path, near: Near | None) -> dict[str, Any]:
+def _arguments(prefixes: Sequence[Path], output: Path, near: Near | None) -> dict[str, Any]:
     chosen = near._asdict() if near else {"exact_only": True}
-    return {"prefixes": [str(source.prefix) for source in sources], "output": str(output), **chosen}
+    return {"prefixes": [str(prefix) for prefix in prefixes], "output": str(output), **chosen}
 
 
 def _facts(sources: Sequence[Dataset], found: Found, number: int, near: Near | None) -> dict[str, Any]:

@@ -94,7 +94,8 @@ def _read_range(unit: Unit, source: Source, key: str) -> Iterator[Batch]:
     with source.open() as stream:
         if unit.start:
             stream.seek(unit.start - 1)
-            stream.readline()  # the end of a line that began before
+            # the end of a line that began before; of one that goes on beyond, only what lies in this range
+            stream.readline(unit.stop - unit.start + 1)
         if stream.tell() < unit.stop:
             yield from _json_batches(stream, unit.first, key, begins=unit.start == 0, stop=unit.stop)
 
@@ -224,8 +225,18 @@ def _check_column(key: str, names: list[str]) -> None:
 
 
 def _rows(columns: Iterable[Any], source: int, key: str) -> Iterator[Batch]:
+    import pyarrow as arrow
+
     batch, number = Batch(source), 0
-    for column in columns:
+    broken: Exception | None = None
+    rest = iter(columns)
+    while broken is None:
+        try:
+            column = next(rest, None)
+        except (*DAMAGE, arrow.ArrowException, OSError) as error:  # what stands before the break comes first
+            column, broken = None, error
+        if column is None:
+            break
         for value in column:
             number += 1
             batch.lines_read += 1
@@ -239,3 +250,5 @@ def _rows(columns: Iterable[Any], source: int, key: str) -> Iterator[Batch]:
                 yield batch
                 batch = Batch(source)
     yield batch
+    if broken is not None:
+        raise broken

@@ -10,7 +10,7 @@ import numpy as np
 import orjson
 
 from data_prep.convert import tokenizer_json
-from data_prep.tokenizer import Encoded, HuggingFaceTokenizer
+from data_prep.tokenizer import Encoded, HuggingFaceTokenizer, tokenizer_file
 
 Choice = Literal["auto", "fast", "reference"]
 
@@ -63,8 +63,7 @@ class Fastokens:
 
 def fast_engine(path: Path) -> Fastokens | None:
     """The fast engine for a tokenizer, or None where it does not know such a tokenizer."""
-    if path.is_dir():
-        path = next(one for name in ("tokenizer.model", "tokenizer.json") if (one := path / name).is_file())
+    path = tokenizer_file(path)
     if path.suffix == ".json":
         definition: dict[str, Any] | None = HuggingFaceTokenizer(path, path.read_bytes()).json
     else:

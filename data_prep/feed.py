@@ -44,15 +44,17 @@ class _Damaged(Exception):
 
 
 def _pieces(source: Source) -> Iterator[bytes]:
-    rest = bytearray()
+    rest, searched = bytearray(), CHUNK_BYTES - 1  # no end of a line stands between the two: a line may be endless
     error: str | None = None
     try:
         with opened(source) as stream:
             while part := _some(stream):
                 rest += part
-                while len(rest) >= CHUNK_BYTES and (end := rest.find(b"\n", CHUNK_BYTES - 1) + 1):
+                while len(rest) >= CHUNK_BYTES and (end := rest.find(b"\n", searched) + 1):
                     yield bytes(rest[:end])
                     del rest[:end]
+                    searched = CHUNK_BYTES - 1
+                searched = max(searched, len(rest))
     except DAMAGE as damage:
         error = f"cannot be decompressed from here on ({damage})"
     except OSError as damage:

@@ -4,6 +4,7 @@ Refuses what names no file, and files that are named twice.
 """
 
 import glob
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
@@ -75,6 +76,8 @@ def find_inputs(inputs: Sequence[str], format: Format | None = None) -> list[Sou
     names = [name for text in inputs for name in _names(text)]
     seen: set[str] = set()
     for name in names:
+        if name.encode(errors="replace").decode() != name:
+            raise ValueError(f"--input: the name {name!a} is not UTF-8, which a manifest cannot hold; rename the file")
         identity = name if "://" in name or name == STDIN else str(Path(name).resolve())
         if identity in seen:
             raise ValueError(f"--input: {name} is named more than once; its documents would count double")
@@ -85,7 +88,12 @@ def find_inputs(inputs: Sequence[str], format: Format | None = None) -> list[Sou
 def _names(text: str) -> list[str]:
     if text == STDIN:
         return [STDIN]
-    found = sorted(_remote_names(text) if "://" in text else _local_names(text))
+    try:
+        found = sorted(_remote_names(text) if "://" in text else _local_names(text)) if text else []
+    except PermissionError as error:  # passing over a directory would lose its documents without a word
+        raise ValueError(
+            f"--input {text}: {error.filename} cannot be read ({error.strerror}); mend its rights, or name other input"
+        ) from None
     if not found:
         raise ValueError(f"--input {text}: no such file; give a file, a directory, a quoted glob, a URL or -")
     return found
@@ -94,12 +102,28 @@ def _names(text: str) -> list[str]:
 def _local_names(text: str) -> Iterator[str]:
     path = Path(text)
     if path.is_dir():
-        below = (one for one in path.rglob("*") if not _hidden(one.relative_to(path)))
+        below = _files_below(path)
     else:
         # a file whose name looks like a glob is that file
-        matches = [path] if path.exists() else [Path(one) for one in glob.glob(text, recursive=True)]
-        below = (one for one in matches)
-    return (str(one) for one in below if one.is_file() or one.is_fifo())
+        below = iter([path] if path.exists() else [Path(one) for one in glob.glob(text, recursive=True)])
+    # a link to nothing is told when it is read, with the other bad documents
+    return (str(one) for one in below if one.is_file() or one.is_fifo() or (one.is_symlink() and not one.exists()))
+
+
+def _files_below(directory: Path, around: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """What is no directory, through links too, as globs do; but for links to a directory around them."""
+    here = directory.resolve()
+    if here in around:
+        return
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            path = directory / entry.name
+            if entry.name.startswith("."):
+                continue
+            if path.is_dir() if entry.is_symlink() else entry.is_dir():
+                yield from _files_below(path, (*around, here))
+            else:
+                yield path
 
 
 def _remote_names(text: str) -> Iterator[str]:
@@ -119,22 +143,20 @@ def _remote(text: str) -> tuple[Any, str]:
         ) from None
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
 def _source(name: str, format: Format | None) -> Source:
-    stem, dot, ending = name.rpartition(".")
+    stem, dot, ending = name.lower().rpartition(".")
     compression = COMPRESSIONS.get(dot + ending)
-    inner = stem if compression else name
+    inner = stem if compression else name.lower()
     chosen = format or _FORMATS.get("." + inner.rpartition(".")[2], "jsonl" if name == STDIN else "text")
     if name == STDIN or Path(name).is_fifo():
         if chosen != "jsonl":
-            raise ValueError(f"--input {name}: only JSON lines can be read from a pipe; give a file")
+            raise ValueError(f"--input {name}: only JSON lines can be read from a pipe; give a file, or --format jsonl")
         return Source(name, chosen, compression, None, "")
     try:
         size, version = _look(name)
-    except PermissionError:  # told when it is read, with the other bad documents
+    except OSError:  # told when it is read, with the other bad documents
+        if "://" in name:
+            raise
         size, version = None, ""
     return Source(name, chosen, compression, size, version)
 

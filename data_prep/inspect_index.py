@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from data_prep.exits import errors_said
 from data_prep.tokenizer import Tokenizer, load_tokenizer
-from megalemur.data.errors import DataError
 from megalemur.data.indexed import HEADER, IndexedFile, bin_path, idx_path
 from megalemur.data.manifest import Manifest, read_manifest
 
@@ -311,7 +311,7 @@ def command(
     ids: Annotated[bool, typer.Option("--ids", help="Show every token's id beside it.")] = False,
 ) -> None:
     """Show what a data set holds; with --documents or --search, single documents."""
-    try:
+    with errors_said():
         file, manifest = IndexedFile(prefix), read_manifest(prefix)
         if documents is None and search is None:
             show_summary(Console(), file, manifest)
@@ -327,9 +327,6 @@ def command(
         else:
             for number in itertools.chain(*named):
                 viewer.show(number)
-    except (ValueError, DataError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
 
 
 def main() -> None:

@@ -1,14 +1,11 @@
 """Several data sets one after another as one. Parts of one build are put into their order and must be complete."""
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from data_prep.verify import verify
-from megalemur.data.errors import DamagedDataError
 from megalemur.data.indexed import IndexedFile, bin_path
 from megalemur.data.manifest import InputRecord, Manifest, TokenizerRecord, manifest_path, read_manifest
 from megalemur.data.writer import IndexedWriter
@@ -54,22 +51,6 @@ def _refuse_mixture(pairs: Sequence[tuple[Path, Manifest]]) -> None:
                 f"{manifest_path(path)} and {manifest_path(first_path)} differ in BOS or EOS around documents; build "
                 "one of them again"
             )
-
-
-def open_trusted(prefix: Path, manifest: Manifest | None) -> IndexedFile:
-    """A data set whose bytes are those of its manifest: vouched for, or read through now.
-
-    Raises:
-        DamagedDataError: they are not.
-    """
-    if manifest is None:
-        return IndexedFile(prefix)
-    if manifest.vouches(prefix):
-        return IndexedFile(prefix, vouched_digest=manifest.digest)
-    verified = verify(prefix, threads=os.cpu_count() or 1)
-    if verified.problems:
-        raise DamagedDataError("; ".join(verified.problems))
-    return verified.file
 
 
 def append_all(file: IndexedFile, writer: IndexedWriter) -> int:

@@ -1,22 +1,25 @@
 """Command: several data sets, or all parts of one build, as one data set."""
 
+import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from data_prep.exits import errors_said
 from data_prep.join import copy_shuffled
-from data_prep.merge import append_all, in_order, merged_inputs, open_trusted, read_manifests, tokenizer_of
-from megalemur.data.errors import DataError
-from megalemur.data.indexed import IndexedFile, bin_path, idx_path, prefix_of
+from data_prep.merge import append_all, in_order, merged_inputs, read_manifests, tokenizer_of
+from data_prep.subset import Made, Overwrite, VocabSize, check_output
+from data_prep.verify import open_trusted
+from megalemur.data.indexed import IndexedFile, prefix_of
 from megalemur.data.manifest import Manifest, Origin
-from megalemur.data.writer import IndexedWriter, Written
+from megalemur.data.writer import IndexedWriter, Written, own_scratch
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -31,18 +34,16 @@ def command(
     shuffle: Annotated[
         int | None, typer.Option(min=0, metavar="SEED", help="Put the documents into a seeded order.")
     ] = None,
-    vocab_size: Annotated[int | None, typer.Option(min=1, help="For data sets without a manifest.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a data set of the same name.")] = False,
+    vocab_size: VocabSize = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Put data sets one after another. Parts of one build (--part) are put into their order and must be complete."""
     began = time.monotonic()
-    try:
-        if idx_path(output).exists() and not overwrite:
-            raise ValueError(f"--output {output}: {idx_path(output)} is there; choose another, or add --overwrite")
-        written = merge([prefix_of(path) for path in prefixes], output, shuffle=shuffle, vocab_size=vocab_size)
-    except (ValueError, DataError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
+    with errors_said():
+        sources = [prefix_of(path) for path in prefixes]
+        made = Made("merge_index", _arguments(sources, shuffle), sources)
+        check_output("--output", output, sources, overwrite=overwrite, made=made)
+        written = merge(sources, output, shuffle=shuffle, vocab_size=vocab_size)
     Console().print(
         f"{output}: {written.documents:,} documents, {written.tokens:,} tokens of {len(prefixes)} data sets in "
         f"{time.monotonic() - began:.1f} s",
@@ -71,11 +72,15 @@ def merge(prefixes: Sequence[Path], output: Path, *, shuffle: int | None, vocab_
         result.append(written)
         return merged_manifest([manifest for _, manifest in pairs if manifest], written, prefixes, shuffle)
 
-    target = output if shuffle is None else output.with_name(f".{output.name}.ordered")
+    # of this process alone: another that merges to the same place must not take its files for ours
+    between = own_scratch(Path(f"{output}.ordered"))
+    target = output if shuffle is None else between / output.name
     try:
         with IndexedWriter(target, vocab_size=size) as writer:
             for file in files:
                 append_all(file, writer)
+            if not writer.num_documents:
+                raise ValueError(f"--output {output}: would be empty, none of these data sets has a document")
             writer.commit(manifest_of if known and shuffle is None else None)
             written = Written(writer.num_documents, writer.num_tokens, writer.dtype.name, "", {})
         if shuffle is not None:
@@ -83,9 +88,7 @@ def merge(prefixes: Sequence[Path], output: Path, *, shuffle: int | None, vocab_
                 copy_shuffled(IndexedFile(target), shuffle, writer)
                 writer.commit(manifest_of if known else None)
     finally:
-        if target != output:
-            bin_path(target).unlink(missing_ok=True)
-            idx_path(target).unlink(missing_ok=True)
+        shutil.rmtree(between, ignore_errors=True)
     return result[-1] if result else written
 
 
@@ -108,12 +111,16 @@ def merged_manifest(
         origin=Origin(
             tool="merge_index",
             version=version("megalemur"),
-            arguments={"prefixes": [str(prefix) for prefix in prefixes], "shuffle": shuffle},
+            arguments=_arguments(prefixes, shuffle),
             facts={"engine": first.origin.facts.get("engine")},
             finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             parents=tuple(manifest.digest for manifest in manifests),
         ),
     )
+
+
+def _arguments(prefixes: Sequence[Path], shuffle: int | None) -> dict[str, Any]:
+    return {"prefixes": [str(prefix) for prefix in prefixes], "shuffle": shuffle}
 
 
 def main() -> None:

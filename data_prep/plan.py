@@ -69,11 +69,16 @@ def _ranges(number: int, total: int, size: int) -> Iterator[Unit]:
 
 
 def _row_groups(number: int, source: Source, size: int) -> Iterator[Unit]:
+    import pyarrow as arrow
     import pyarrow.parquet as parquet
 
-    with source.open() as stream:
-        facts = parquet.ParquetFile(stream).metadata
-        weights = [facts.row_group(k).total_byte_size for k in range(facts.num_row_groups)]
+    try:
+        with source.open() as stream:
+            facts = parquet.ParquetFile(stream).metadata
+            weights = [facts.row_group(k).total_byte_size for k in range(facts.num_row_groups)]
+    except (arrow.ArrowException, OSError):  # told when it is read, with the other bad documents
+        yield _whole("files", number, source)
+        return
     scale = (source.size or 0) / max(1, sum(weights))
     start = 0
     for k in range(1, len(weights) + 1):

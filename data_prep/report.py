@@ -14,6 +14,7 @@ import numpy as np
 import typer
 import xxhash
 
+from data_prep.exits import errors_said
 from data_prep.inspect_index import (
     Bin,
     Lengths,
@@ -24,7 +25,6 @@ from data_prep.inspect_index import (
     warn_of_another_tokenizer,
 )
 from data_prep.tokenizer import Tokenizer, load_tokenizer
-from megalemur.data.errors import DataError
 from megalemur.data.indexed import IndexedFile, bin_path
 from megalemur.data.manifest import InputRecord, Manifest, read_manifest, write_atomically
 
@@ -396,13 +396,10 @@ def command(
     output: Annotated[Path, typer.Option(help="Page to write, .html; replaced if it is there.")],
 ) -> None:
     """Write one HTML page on a data set."""
-    try:
+    with errors_said():
         if output.suffix != ".html" or output.is_dir():
             raise ValueError(f"--output {output}: not a page; give a file that ends in .html")
         write_report(prefix, output, load_tokenizer(tokenizer))
-    except (ValueError, DataError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
     typer.echo(f"{output}: {output.stat().st_size:,} bytes")
 
 

@@ -6,23 +6,26 @@ So a document's side depends on nothing but the document: not on its place, nor 
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import typer
 import xxhash
 
+from data_prep.exits import errors_said
 from data_prep.subset import (
     Change,
     Copied,
     Dataset,
+    Made,
+    Overwrite,
+    VocabSize,
     check_output,
     commit_subset,
     copy_documents,
     document_blocks,
     open_dataset,
 )
-from megalemur.data.errors import DataError
 from megalemur.data.indexed import IndexedFile
 from megalemur.data.writer import IndexedWriter
 
@@ -43,8 +46,8 @@ def command(
     validation: Annotated[Path, typer.Option(help="Prefix of the files to write for validation.")],
     validation_share: Annotated[float, typer.Option(help="Share of the documents, above 0 and below 1.")] = 0.001,
     seed: Annotated[int, typer.Option(min=0, help="Another seed is another split.")] = 0,
-    vocab_size: Annotated[int | None, typer.Option(min=1, help="Number of ids, for data without a manifest.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace data sets of the same names.")] = False,
+    vocab_size: VocabSize = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Split a data set by a hash of each document, so that equal documents are always on the same side.
 
@@ -52,14 +55,13 @@ def command(
     closely as chance allows: of 100,000 documents, 0.001 is 100 give or take 10.
     """
     began = time.monotonic()
-    try:
-        check_output("--train", train, [prefix, validation], overwrite=overwrite)
-        check_output("--validation", validation, [prefix, train], overwrite=overwrite)
+    with errors_said():
+        arguments = _arguments(prefix, train, validation, share=validation_share, seed=seed)
+        made = Made("split_index", arguments, [prefix])
+        check_output("--train", train, [prefix, validation], overwrite=overwrite, made=made)
+        check_output("--validation", validation, [prefix, train], overwrite=overwrite, made=made)
         source = open_dataset(prefix, vocab_size)
         sides = split(source, train, validation, share=validation_share, seed=seed)
-    except (ValueError, DataError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
     typer.echo(
         f"{prefix}: {sides.train.documents:,} documents, {sides.train.tokens:,} tokens to {train}; "
         f"{sides.validation.documents:,} documents, {sides.validation.tokens:,} tokens to {validation} "
@@ -93,13 +95,7 @@ def split(source: Dataset, train: Path, validation: Path, *, share: float, seed:
             f"{side}: would be empty, {count:,} of {total:,} documents fall to validation; change --validation-share "
             f"{share} or --seed {seed}"
         )
-    arguments = {
-        "prefix": str(source.prefix),
-        "train": str(train),
-        "validation": str(validation),
-        "validation_share": share,
-        "seed": seed,
-    }
+    arguments = _arguments(source.prefix, train, validation, share=share, seed=seed)
     facts = {"hash": "xxh3_64 of the tokens as int32", "validation_documents": count}
     size = source.vocab_size
     with IndexedWriter(train, vocab_size=size) as rest, IndexedWriter(validation, vocab_size=size) as chosen:
@@ -111,6 +107,11 @@ def split(source: Dataset, train: Path, validation: Path, *, share: float, seed:
             change = Change("split_index", arguments, {"side": side, **facts})
             commit_subset(writer, source, copied=copied, change=change)
     return sides
+
+
+def _arguments(prefix: Path, train: Path, validation: Path, *, share: float, seed: int) -> dict[str, Any]:
+    paths = {"prefix": str(prefix), "train": str(train), "validation": str(validation)}
+    return {**paths, "validation_share": share, "seed": seed}
 
 
 def _numbers(file: IndexedFile, validation: bool, below: int, seed: int) -> Iterator[np.ndarray]:

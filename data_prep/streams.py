@@ -12,6 +12,7 @@ from typing import IO, Any
 from data_prep.inputs import Source
 
 _READ_BYTES = 1 << 18
+_LARGEST_WINDOW = 1 << 31  # of zstd --long=31; memory is taken only where a file has such a window
 DAMAGE = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
 """What a damaged compressed file raises while it is read."""
 
@@ -64,7 +65,7 @@ def _zstd_pieces(raw: IO[bytes]) -> Iterator[bytes]:
     """
     import zstandard
 
-    decompressor = zstandard.ZstdDecompressor()
+    decompressor = zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW)
     frame: Any = None
     while data := raw.read(_READ_BYTES):
         while data:

@@ -5,15 +5,18 @@ Refuses document numbers that do not rise, and data sets whose vocabulary nobody
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, get_type_hints
+from typing import Annotated, Any, NamedTuple, TypeVar, get_type_hints
 
 import numpy as np
+import orjson
+import typer
 
+from data_prep.verify import open_trusted
 from megalemur.data.errors import DamagedDataError, DataError
 from megalemur.data.indexed import IndexedFile, bin_path, idx_path
 from megalemur.data.manifest import InputRecord, Manifest, Origin, manifest_path, read_manifest
@@ -25,6 +28,10 @@ _LONGEST = np.iinfo(np.int32).max
 
 
 Options = TypeVar("Options", bound=tuple[Any, ...])
+
+VocabSize = Annotated[int | None, typer.Option(min=1, help="Number of ids, for data without a manifest.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a data set of the same name.")]
 
 
 class Dataset(NamedTuple):
@@ -72,6 +79,25 @@ class Copied(NamedTuple):
     unknown_tokens: int
 
 
+class Made(NamedTuple):
+    """A command with its arguments and the data sets that it reads."""
+
+    tool: str
+    arguments: Mapping[str, Any]
+    parents: Sequence[Path]
+
+    def of(self, output: Path) -> bool:
+        """Whether a data set was made by this command, of these parents as they are now."""
+        try:
+            manifest = read_manifest(output)
+            known = {parent.digest for parent in map(read_manifest, self.parents) if parent}
+        except DamagedDataError:
+            return False
+        if manifest is None or manifest.origin.tool != self.tool or not set(manifest.origin.parents) <= known:
+            return False
+        return dict(manifest.origin.arguments) == orjson.loads(orjson.dumps(self.arguments))
+
+
 class Change(NamedTuple):
     """What a tool did to its parent, for the manifest's origin."""
 
@@ -99,23 +125,22 @@ def open_dataset(prefix: Path, vocab_size: int | None = None) -> Dataset:
     known = manifest.tokenizer.vocab_size
     if vocab_size not in (None, known):
         raise ValueError(f"--vocab-size {vocab_size}: {manifest_path(prefix)} says {known}; leave the option out")
-    if manifest.vouches(prefix):
-        return Dataset(prefix, IndexedFile(prefix, vouched_digest=manifest.digest), manifest, known)
-    file = IndexedFile(prefix)
-    if file.digest != manifest.digest:
-        raise DamagedDataError(f"{prefix}: the files are not those of its manifest; build the data set again")
-    return Dataset(prefix, file, manifest, known)
+    return Dataset(prefix, open_trusted(prefix, manifest), manifest, known)
 
 
-def check_output(option: str, output: Path, sources: Iterable[Path], *, overwrite: bool) -> None:
-    """Refuse an output that is there already, or that is an input.
+def check_output(
+    option: str, output: Path, sources: Iterable[Path], *, overwrite: bool, made: Made | None = None
+) -> None:
+    """Refuse an output that is an input, or that is there already, unless `made` says what made it.
+
+    A command of several outputs may be killed between them: given again, it replaces its own by the same.
 
     Raises:
         ValueError: it is.
     """
     if output.resolve() in {source.resolve() for source in sources}:
         raise ValueError(f"{option} {output}: is an input; choose another prefix")
-    if idx_path(output).exists() and not overwrite:
+    if idx_path(output).exists() and not overwrite and not (made and made.of(output)):
         raise ValueError(f"{option} {output}: {idx_path(output)} is there; choose another, or add --overwrite")
 
 

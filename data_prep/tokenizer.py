@@ -18,7 +18,7 @@ from megalemur.data.manifest import TokenizerRecord
 
 _BEGIN = ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<|startoftext|>")
 _END = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "[EOS]")
-_LOOKS_LIKE_CONTROL = re.compile(r"<[^<>\s]+>|\[[A-Z_]+\]")
+_LOOKS_LIKE_CONTROL = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -76,6 +76,8 @@ class SentencePieceTokenizer:
 
         self._model = sentencepiece.SentencePieceProcessor()
         self._model.LoadFromSerializedProto(data)
+        if _findable_control(self._model):
+            self._model.LoadFromSerializedProto(_without_findable_control(data))
         model, size = self._model, self._model.vocab_size()
         self.name = f"sentencepiece {sentencepiece.__version__}"
         self.record = TokenizerRecord(
@@ -146,6 +148,33 @@ class HuggingFaceTokenizer:
         return self._whole.id_to_token(int(token)) or f"<{token}>"
 
 
+def _findable_control(model: Any) -> list[str]:
+    """Pieces written like control tokens that are not of a kind which sentencepiece never finds in text."""
+    size = model.vocab_size()
+    return [
+        piece
+        for number, piece in enumerate(model.IdToPiece(list(range(size))))
+        if _LOOKS_LIKE_CONTROL.fullmatch(piece)
+        and not (model.IsControl(number) or model.IsUnknown(number) or model.IsByte(number))
+    ]
+
+
+def _without_findable_control(data: bytes) -> bytes:
+    """The model with user-defined pieces that are written like control tokens (<|im_start|>) made control pieces.
+
+    sentencepiece finds user-defined pieces wherever they stand in text. Ids stay; pieces that text is merged to stay.
+    """
+    from sentencepiece import sentencepiece_model_pb2 as definitions
+
+    proto = definitions.ModelProto()  # type: ignore[attr-defined]  # made when it is imported
+    proto.ParseFromString(data)
+    kinds = proto.SentencePiece
+    for piece in proto.pieces:
+        if piece.type == kinds.USER_DEFINED and _LOOKS_LIKE_CONTROL.fullmatch(piece.piece):
+            piece.type = kinds.CONTROL
+    return proto.SerializeToString()
+
+
 def without_control(tokenizer: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
     """A tokenizer.json that finds no control tokens in text, and these: text to id.
 
@@ -176,11 +205,7 @@ def load_tokenizer(path: Path) -> SentencePieceTokenizer | HuggingFaceTokenizer:
     Raises:
         ValueError: there is none that can be read.
     """
-    if path.is_dir():
-        inside = [path / name for name in ("tokenizer.model", "tokenizer.json") if (path / name).is_file()]
-        if not inside:
-            raise ValueError(f"--tokenizer {path}: holds neither tokenizer.model nor tokenizer.json")
-        path = inside[0]
+    path = tokenizer_file(path)
     try:
         data = path.read_bytes()
         kind = HuggingFaceTokenizer if path.suffix == ".json" else SentencePieceTokenizer
@@ -189,6 +214,20 @@ def load_tokenizer(path: Path) -> SentencePieceTokenizer | HuggingFaceTokenizer:
         raise ValueError(
             f"--tokenizer {path}: neither a SentencePiece model nor a tokenizer.json that can be used ({error})"
         ) from None
+
+
+def tokenizer_file(path: Path) -> Path:
+    """The file itself, or the one that a directory holds.
+
+    Raises:
+        ValueError: it holds none.
+    """
+    if not path.is_dir():
+        return path
+    inside = [path / name for name in ("tokenizer.model", "tokenizer.json") if (path / name).is_file()]
+    if not inside:
+        raise ValueError(f"--tokenizer {path}: holds neither tokenizer.model nor tokenizer.json")
+    return inside[0]
 
 
 def _named_tokens(directory: Path) -> dict[str, str]:

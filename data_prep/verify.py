@@ -1,16 +1,17 @@
 """Reads every byte of a data set and compares it with its manifest. Says what is damaged and where; changes nothing."""
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import xxhash
 
 from megalemur.data.errors import DamagedDataError
 from megalemur.data.indexed import IndexedFile, bin_path, idx_path
-from megalemur.data.manifest import CHUNK_BYTES, FileRecord, Manifest, manifest_path, read_manifest
+from megalemur.data.manifest import CHUNK_BYTES, Manifest, manifest_path, read_manifest
 
 _BLOCK = 1 << 18  # documents looked at together
 
@@ -32,6 +33,8 @@ class Verified(NamedTuple):
     manifest: Manifest | None
     problems: list[str]
     """Empty: all is well."""
+    times: dict[Literal["bin", "idx"], int]
+    """When each file was last changed before it was read, ns: what was read is of that time or later."""
 
 
 def verify(prefix: Path, *, vocab_size: int | None = None, threads: int = 1) -> Verified:
@@ -46,6 +49,7 @@ def verify(prefix: Path, *, vocab_size: int | None = None, threads: int = 1) -> 
         DataError: the files cannot even be opened; the message says why.
     """
     manifest = read_manifest(prefix)
+    times = _times(prefix)
     problems = list(_damaged_index(prefix, manifest))
     if problems:  # the borders would be wrong: say so first
         raise DamagedDataError("; ".join(problems))
@@ -60,7 +64,25 @@ def verify(prefix: Path, *, vocab_size: int | None = None, threads: int = 1) -> 
     problems += _wrong_ids(file, facts, size, limit)
     if manifest is not None:
         problems += _wrong_totals(file, manifest, facts)
-    return Verified(file, manifest, problems)
+    return Verified(file, manifest, problems, times)
+
+
+def open_trusted(prefix: Path, manifest: Manifest | None) -> IndexedFile:
+    """A data set whose bytes are those of its manifest: vouched for, or read through now.
+
+    Whoever copies documents digests them anew, and damage that got in would be vouched for ever after.
+
+    Raises:
+        DamagedDataError: they are not.
+    """
+    if manifest is None:
+        return IndexedFile(prefix)
+    if manifest.vouches(prefix):
+        return IndexedFile(prefix, vouched_digest=manifest.digest)
+    verified = verify(prefix, threads=os.cpu_count() or 1)
+    if verified.problems:
+        raise DamagedDataError("; ".join(verified.problems))
+    return verified.file
 
 
 def refreshed(verified: Verified) -> Manifest | None:
@@ -68,16 +90,16 @@ def refreshed(verified: Verified) -> Manifest | None:
     manifest = verified.manifest
     if manifest is None:
         return None
-    prefix = verified.file.prefix
     files = {
-        "bin": _with_time(manifest.files["bin"], bin_path(prefix)),
-        "idx": _with_time(manifest.files["idx"], idx_path(prefix)),
+        name: record.model_copy(update={"mtime_ns": verified.times[name]}) for name, record in manifest.files.items()
     }
     return manifest.model_copy(update={"files": files})
 
 
-def _with_time(record: FileRecord, path: Path) -> FileRecord:
-    return record.model_copy(update={"mtime_ns": path.stat().st_mtime_ns})
+def _times(prefix: Path) -> dict[Literal["bin", "idx"], int]:
+    """Of the files that are there; opening them says what is missing."""
+    paths: dict[Literal["bin", "idx"], Path] = {"bin": bin_path(prefix), "idx": idx_path(prefix)}
+    return {name: path.stat().st_mtime_ns for name, path in paths.items() if path.exists()}
 
 
 def _damaged_index(prefix: Path, manifest: Manifest | None) -> Iterator[str]:
@@ -167,10 +189,13 @@ def _without_end(file: IndexedFile, eos: int) -> Iterator[str]:
 
 
 def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
-    """[first, stop) of consecutive numbers."""
+    """[first, stop) of consecutive numbers; they rise."""
+    first = stop = -1
     for number in numbers:
-        if number - 1 not in numbers:
-            stop = number + 1
-            while stop in numbers:
-                stop += 1
-            yield number, stop
+        if number != stop:
+            if stop > first:
+                yield first, stop
+            first = number
+        stop = number + 1
+    if stop > first:
+        yield first, stop

@@ -8,14 +8,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from data_prep.exits import DAMAGED
 from data_prep.verify import refreshed, verify
 from megalemur.data.errors import DataError
 from megalemur.data.indexed import prefix_of
 from megalemur.data.manifest import manifest_path, write_atomically
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
-
-DAMAGED = 12
 
 
 @app.command()

@@ -6,11 +6,12 @@ other settings than those with which it began.
 """
 
 import fcntl
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import orjson
@@ -18,6 +19,7 @@ import xxhash
 
 from data_prep.encode import Extent, extent_from_json
 from data_prep.errors import ChangedError, WorkError
+from megalemur.data.manifest import sync, write_atomically
 
 _PLAN, _JOURNAL, _LOCK = "plan.json", "journal.jsonl", "lock"
 
@@ -33,30 +35,54 @@ class Work:
             itemsize: bytes a token.
 
         Raises:
-            WorkError: another process has it.
+            WorkError: another process has it, or nobody can lock there.
         """
         self.path = Path(f"{prefix}.work")
-        self.path.mkdir(parents=True, exist_ok=True)
         self._itemsize = itemsize
-        self._lock = (self.path / _LOCK).open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise WorkError(f"{self.path}: another process builds this data set; wait for it, or stop it") from None
+        # a lock on a file that its holder removed meanwhile, having ended, is worth nothing: once more
+        while (lock := self._try_lock()) is None:
+            pass
+        self._lock = lock
         self.extents: dict[tuple[int, int], Extent] = {}
         self._journal: Any = None
 
+    def _try_lock(self) -> IO[str] | None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        path = self.path / _LOCK
+        try:
+            lock = path.open("w")
+        except FileNotFoundError:
+            return None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                return lock
+        except BlockingIOError:
+            lock.close()
+            raise WorkError(f"{self.path}: another process builds this data set; wait for it, or stop it") from None
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            lock.close()
+            raise WorkError(
+                f"{path}: cannot be locked ({error.strerror}), so two builds could write over each other; give an "
+                "--output on a file system with locks (Lustre: mounted with -o flock)"
+            ) from None
+        lock.close()
+        return None
+
     def plan(self) -> dict[str, Any] | None:
-        """What was begun here; None: nothing."""
-        path = self.path / _PLAN
-        return orjson.loads(path.read_bytes()) if path.exists() else None
+        """What was begun here; None: nothing, or a plan that a power cut tore, with which nothing can go on."""
+        try:
+            return orjson.loads((self.path / _PLAN).read_bytes())
+        except (FileNotFoundError, orjson.JSONDecodeError):
+            return None
 
     def begin(self, plan: Mapping[str, Any]) -> None:
         """Start with an empty directory."""
         self.clear()
-        temporary = self.path / f"{_PLAN}.tmp"
-        temporary.write_bytes(orjson.dumps(plan))
-        temporary.replace(self.path / _PLAN)
+        sync(self.path)  # else a power cut may leave the journal of before beside the plan of now
+        write_atomically(self.path / _PLAN, [orjson.dumps(plan)])
         self._open_journal()
 
     def resume(self) -> None:
@@ -69,9 +95,7 @@ class Work:
                 break
             if self.intact(extent):
                 self.extents[extent.unit, extent.chunk] = extent
-        temporary = self.path / f"{_JOURNAL}.tmp"
-        temporary.write_bytes(b"".join(map(_line, self.extents.values())))
-        temporary.replace(path)
+        write_atomically(path, map(_line, self.extents.values()))
         self._open_journal()
 
     def _open_journal(self) -> None:
@@ -126,8 +150,11 @@ class Work:
 
     def remove(self) -> None:
         """The data set is complete: nothing of this is needed any more."""
-        self.close()
+        # the plan last: whoever comes after a kill sees by it what was built here
+        for path in sorted(self._files(), key=lambda path: path.name == _PLAN):
+            path.unlink() if path.is_file() else shutil.rmtree(path)
         shutil.rmtree(self.path)
+        self.close()
 
     def close(self) -> None:
         """Give the directory back."""
@@ -162,6 +189,8 @@ def refuse_other_plan(begun: Mapping[str, Any], now: Mapping[str, Any], path: Pa
             said.append(f"{name}: {', '.join(parts)}")
     if not said and [*old] != [*new]:
         said.append("the files come in another order")
+    if not said and begun["units"] != now["units"]:
+        said.append("the files are cut otherwise, as by another version of megalemur")
     said += [
         f"{key} was {begun['settings'][key]} and is {now['settings'][key]}"
         for key in now["settings"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from megalemur.data.errors import DamagedDataError
 from megalemur.data.indexed import bin_path, idx_path
@@ -37,6 +37,13 @@ class FileRecord(_Part):
     """Size of the chunks, the last one may be shorter."""
     chunks: tuple[str, ...]
     """xxh3-128 of each chunk, hex."""
+
+    @model_validator(mode="after")
+    def _every_byte_is_digested(self) -> "FileRecord":
+        chunks = -(-self.bytes // self.chunk_bytes)
+        if len(self.chunks) != chunks:
+            raise ValueError(f"{len(self.chunks)} digests of chunks, but {self.bytes} bytes have {chunks}")
+        return self
 
     def vouches(self, path: Path) -> bool:
         """Whether the file has the size and the time of change of this record."""

@@ -58,7 +58,7 @@ class IndexedWriter:
         self.dtype = optimal_dtype(vocab_size)
         self.num_tokens = self.num_documents = 0
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._scratch = scratch or _own_scratch(self.prefix)
+        self._scratch = scratch or own_scratch(self.prefix)
         shutil.rmtree(self._scratch, ignore_errors=True)
         self._scratch.mkdir()
         self._temporary = self._scratch / self.prefix.name
@@ -211,7 +211,7 @@ class IndexedWriter:
             yield np.frombuffer(data, "<i4")
 
 
-def _own_scratch(prefix: Path) -> Path:
+def own_scratch(prefix: Path) -> Path:
     """A name for this process; what processes of this machine left that were killed is removed."""
     mine = f".{prefix.name}.{socket.gethostname()}-"
     for left in prefix.parent.glob(f"{glob.escape(mine)}*.tmp"):

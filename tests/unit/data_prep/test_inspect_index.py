@@ -196,7 +196,7 @@ def test_what_cannot_be_shown_is_said_in_one_line(prefix, arguments, message):
 
 def test_a_data_set_that_is_not_there_is_named(tmp_path):
     result = command(tmp_path / "a")
-    assert result.exit_code == 1 and f"error: {tmp_path / 'a'}.idx: no such file" in result.stderr
+    assert result.exit_code == 12 and f"error: {tmp_path / 'a'}.idx: no such file" in result.stderr
 
 
 def test_another_tokenizer_is_warned_of_and_unknown_ids_are_refused(tmp_path):

@@ -150,7 +150,7 @@ def test_the_vocabulary_must_be_known(tmp_path):
 def test_files_that_changed_are_refused(tmp_path):
     write_dataset(tmp_path / "a", [[1, 2, 3]])
     bin_path(tmp_path / "a").write_bytes(b"\1\0\2\0\4\0")
-    with pytest.raises(DamagedDataError, match="not those of its manifest"):
+    with pytest.raises(DamagedDataError, match="are not what was written"):
         open_dataset(tmp_path / "a")
 
 
