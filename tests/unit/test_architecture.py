@@ -59,6 +59,8 @@ BAD = [
     (wrong_rooms, "train", FILE, "from ..cli import main"),
     (wrong_owners, "config", FILE, "import torch.nn"),
     (wrong_owners, "config", FILE, "from megatron import core"),
+    (wrong_owners, "supervise", FILE, "import torch"),
+    (wrong_rooms, "supervise", FILE, "from megalemur.train.run import train"),
     (wrong_owners, "train", FILE, "from megatron.training import get_args"),
     (wrong_owners, "train", FILE, "from megatron import legacy"),
     (wrong_owners, "model", FILE, "from megatron.core import parallel_state"),
