@@ -5,7 +5,7 @@ DONE = 0
 USAGE = 2
 """Unknown command or option (typer's own code)."""
 REQUEUE = 10
-"""A signal or the deadline stopped the run; it has saved and wants to be started again. A batch script requeues on it."""
+"""A signal or the deadline stopped the run; it has saved and wants to be started again: a batch script requeues."""
 BAD_CONFIG = 11
 """Something that a user wrote cannot be used: run file, override, prompt."""
 BAD_DATA = 12
