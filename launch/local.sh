@@ -56,6 +56,23 @@ for (( rank = 0; rank < processes; rank++ )); do
     pids+=($!)
 done
 
+# The supervisors end all ranks together. One that was gone before it had met the others leaves them waiting for it.
+end_together() {
+    local alone=0 pid living
+    while sleep 1; do
+        living=()
+        for pid in "${pids[@]}"; do
+            kill -0 "$pid" 2>/dev/null && living+=("$pid")
+        done
+        (( ${#living[@]} > 0 )) || return 0
+        (( ${#living[@]} == processes )) || alone=$(( alone + 1 ))
+        (( alone < 8 )) || kill -KILL "${living[@]}" 2>/dev/null || true
+    done
+}
+end_together </dev/null &
+guard=$!
+trap 'kill -- "-$guard" 2>/dev/null || true' EXIT
+
 # All ranks end with the code of the run, but for those that were killed from outside: theirs counts last.
 chosen=0
 for pid in "${pids[@]}"; do

@@ -52,6 +52,18 @@ def test_slow_first_steps_and_saves_raise_no_alarm(tmp_path):
         assert run.checkpoints() == [3]
 
 
+def test_a_job_that_is_suspended_and_goes_on_raises_no_alarm(tmp_path):
+    with launched(run_of(tmp_path, f"watchdog.timeout={TIMEOUT}")) as run:
+        run.wait_for_step(3)
+        everyone = run.living()
+        for number, seconds in ((signal.SIGSTOP, TIMEOUT + 2.0), (signal.SIGCONT, 2.0)):
+            for pid in everyone:
+                os.kill(pid, number)
+            time.sleep(seconds)
+        os.kill(run.supervisor(0), signal.SIGTERM)
+        assert run.codes() == [exit_codes.REQUEUE] * 2, run.output()
+
+
 @pytest.mark.parametrize("whom", ["worker", "supervisor"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_process_ends_all_others(tmp_path, whom, rank):

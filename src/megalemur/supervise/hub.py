@@ -120,6 +120,12 @@ class Hub:
         if 0 <= rank < len(self.members):
             self.members[rank].gone, self.members[rank].ended = True, now
 
+    def forgive(self, seconds: float) -> None:
+        """The hub itself did not run for so long: silence in that time is nobody's."""
+        for member in self.members:
+            if seconds and member.heard is not None:
+                member.heard += seconds
+
     def decide(self, now: float) -> Message | None:
         """The order for all supervisors that is due now: DUMP, or an Ending as JSON; None most of the time."""
         if self._verdict is not None and self._verdict.kind == "twice":

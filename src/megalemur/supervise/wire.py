@@ -24,6 +24,8 @@ class Line:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket = connection
         self.lost = False
+        self.rank: int | None = None
+        """Who is at the other end, once that is known."""
         self._rest = b""
 
     def send(self, message: Message) -> None:
@@ -68,7 +70,6 @@ class Listener:
         self._server.setblocking(False)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._server, selectors.EVENT_READ)
-        self._unknown: list[Line] = []
         self.lines: dict[int, Line] = {}
         """By rank."""
 
@@ -86,16 +87,13 @@ class Listener:
                 continue
             line: Line = key.data
             messages = line.receive()
-            if line in self._unknown and messages:
-                self._greet(line, messages[0])
-                messages = messages[1:]
-            rank = next((rank for rank, known in self.lines.items() if known is line), None)
-            if rank is not None:
-                heard += [(rank, message) for message in messages]
+            if line.rank is None and messages:
+                self._greet(line, messages.pop(0))
+            if line.rank is not None:
+                heard += [(line.rank, message) for message in messages]
             if line.lost:
                 self._selector.unregister(line.socket)
                 line.close()
-        self._unknown = [line for line in self._unknown if not line.lost]
         return heard
 
     def _accept(self) -> None:
@@ -103,9 +101,7 @@ class Listener:
             connection, _ = self._server.accept()
         except OSError:
             return  # it went away again
-        line = Line(connection)
-        self._unknown.append(line)
-        self._selector.register(connection, selectors.EVENT_READ, line)
+        self._selector.register(connection, selectors.EVENT_READ, Line(connection))
 
     def _greet(self, line: Line, hello: Message) -> None:
         rank, token = hello.get("rank"), hello.get("token")
@@ -113,8 +109,7 @@ class Listener:
         if not known or not isinstance(rank, int) or rank in self.lines:
             line.lost = True
             return
-        self._unknown.remove(line)
-        self.lines[rank] = line
+        line.rank, self.lines[rank] = rank, line
 
     def close(self, linger: float) -> None:
         """Send nothing more, and wait at most `linger` seconds until all have read what was sent."""

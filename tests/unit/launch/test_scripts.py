@@ -142,7 +142,7 @@ def test_run_file_and_overrides_reach_the_trainer_word_for_word(cluster: dict[st
 def test_tasks_are_bound_logged_one_by_one_and_end_by_themselves(cluster: dict[str, str]):
     _submit(cluster, RUN_FILE)
     words = _recorded(cluster, "srun")
-    assert {"--kill-on-bad-exit=0", "--wait=0", "--cpu-bind=cores", "--cpus-per-task=12"} <= set(words)
+    assert {"--kill-on-bad-exit=0", "--wait=60", "--cpu-bind=cores", "--cpus-per-task=12"} <= set(words)
     assert f"--output={cluster['MEGALEMUR_LOGS']}/rank-%t.log" in words
     assert not [word for word in words if word.startswith("--container")]
 
@@ -329,6 +329,7 @@ def test_local_starts_every_rank_on_this_machine_only(cluster: dict[str, str], t
         ("kill %1; exit 15", 15),
         ("kill %1; (( RANK != 1 )) && exit 17; kill -KILL $$", 17),
         ("kill %1; (( RANK == 1 )) || exit 0; kill -KILL $$", 137),
+        ("(( RANK != 1 )) || { kill %1; exit 13; }; wait", 13),
     ],
 )
 def test_local_ends_with_the_code_of_the_run(cluster: dict[str, str], tmp_path: Path, behaviour: str, code: int):

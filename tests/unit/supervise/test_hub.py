@@ -191,6 +191,14 @@ def test_a_supervisor_that_falls_silent_is_a_stall():
     assert this.decide(21.0) == DUMP
 
 
+def test_a_job_that_was_suspended_as_a_whole_is_no_stall():
+    this = hub()
+    all_at(this, 0.0)
+    this.said(0, word(), 500.0)
+    this.forgive(499.5)
+    assert this.decide(500.0) is None
+
+
 @pytest.mark.parametrize("section", [Section.SETUP, Section.FIRST_STEPS, Section.SAVE, Section.VALIDATION])
 def test_a_rank_in_a_slow_section_excuses_those_that_wait_for_it(section):
     this = hub()
