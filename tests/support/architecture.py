@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 ENTRIES = ("train", "plan", "generate", "quickstart")
 STRANGERS = ("model", "data", "optim", "checkpoint")
-BELOW = ("parallel", "observe", "config")
+BELOW = ("parallel", "observe", "supervise", "config")
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "cli": (*ENTRIES, *STRANGERS, *BELOW),
     **{room: (*STRANGERS, *BELOW) for room in ENTRIES},
@@ -17,6 +17,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     **{room: BELOW for room in STRANGERS},
     "parallel": ("config",),
     "observe": ("config",),
+    "supervise": ("config",),
     "config": (),
     "data_prep": ("config", "data"),
     "checkpoints_tools": ("config", "checkpoint", "model"),
@@ -96,8 +97,8 @@ def wrong_owners(source: Source) -> Iterator[str]:
     """Imports of megatron outside the room that owns the part, and of torch or megatron in config."""
     for line, name in imported(source):
         here, parts = f"{source.path}:{line}: {source.room} imports {name}", name.split(".")
-        if source.room == "config" and parts[0] in ("torch", "megatron", "transformer_engine"):
-            yield f"{here}: config is read where there is no torch"
+        if source.room in ("config", "supervise") and parts[0] in ("torch", "megatron", "transformer_engine"):
+            yield f"{here}: config is read where there is no torch, and a supervisor stays small"
         elif name.startswith(("megatron.training", "megatron.legacy")):
             yield f"{here}: it reads global arguments"
         elif name.startswith("megatron.core."):

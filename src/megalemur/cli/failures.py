@@ -15,6 +15,10 @@ def code_of(error: Exception) -> int | None:
         "DataError": exit_codes.BAD_DATA,
         "CheckpointError": exit_codes.NO_GOOD_CHECKPOINT,
         "NumericalStop": exit_codes.NUMERICAL_STOP,
+        "RunHung": exit_codes.HANG,
+        "CrashLoop": exit_codes.CRASH_LOOP,
+        "RankDied": exit_codes.RANK_DIED,
+        "StoppedTwice": exit_codes.STOPPED_TWICE,
         "ValueError": exit_codes.BAD_CONFIG,
     }
     if not _is_ours(error):

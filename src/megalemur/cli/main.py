@@ -3,11 +3,17 @@
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megalemur.cli import exit_codes
 from megalemur.cli.failures import reported
+
+if TYPE_CHECKING:
+    from megalemur.config.run import RunConfig
+    from megalemur.supervise.pulse import Pulse
+    from megalemur.supervise.signals import StopRequest
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -25,11 +31,16 @@ def megalemur() -> None:
 def train(run_file: RunFile, overrides: Overrides = None) -> None:
     """Train as the run file says; resumes from its newest checkpoint. One process a GPU: see launch/."""
     from megalemur.config.load import load_run
+    from megalemur.supervise.run import supervised
 
-    config = load_run(run_file, overrides or ())
-    from megalemur.train.run import train as train_run
+    raise typer.Exit(supervised(load_run(run_file, overrides or ()), _train, requeue=exit_codes.REQUEUE))
 
-    train_run(config)
+
+def _train(config: "RunConfig", stop: "StopRequest", pulse: "Pulse") -> int:
+    """What a rank does. Its supervisor never imports torch: it stays small, and nothing in it can hang."""
+    from megalemur.train.run import train
+
+    return exit_codes.REQUEUE if train(config, stop, pulse) else exit_codes.DONE
 
 
 @app.command("show-config")

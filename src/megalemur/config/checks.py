@@ -200,6 +200,16 @@ def sources_named_once(data: Any) -> Problems:
         yield f"data.validate_every={data.validate_every} has no effect without data.validation"
 
 
+def watchdog_before_collectives(run: Any, watchdog: Any) -> Problems:
+    """The watchdog can name the rank that hangs; a collective that runs out of time ends those that wait for it."""
+    if watchdog.enabled and watchdog.timeout is not None and watchdog.timeout + 5 > run.collective_timeout:
+        yield (
+            f"watchdog.timeout={watchdog.timeout:g} leaves less than 5 s before run.collective_timeout="
+            f"{run.collective_timeout:g} ends the ranks that wait; raise run.collective_timeout to "
+            f"{2 * watchdog.timeout:g}, or lower watchdog.timeout"
+        )
+
+
 CHECKS: tuple[Callable[..., Problems], ...] = (
     attention_shape,
     layers_over_stages,
@@ -213,6 +223,7 @@ CHECKS: tuple[Callable[..., Problems], ...] = (
     overlaps,
     schedule_within_run,
     sources_named_once,
+    watchdog_before_collectives,
 )
 
 

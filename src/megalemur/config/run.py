@@ -5,12 +5,14 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from megalemur.config.checkpoint import CheckpointConfig
 from megalemur.config.checks import problems_of
 from megalemur.config.data import DataConfig
+from megalemur.config.duration import Duration
 from megalemur.config.log import LogConfig
 from megalemur.config.model import ModelConfig
 from megalemur.config.optim import OptimConfig, ScheduleConfig
 from megalemur.config.parallel import ParallelConfig
 from megalemur.config.precision import PrecisionConfig
 from megalemur.config.section import Section
+from megalemur.config.watchdog import WatchdogConfig
 
 
 class RunSettings(Section):
@@ -26,6 +28,9 @@ class RunSettings(Section):
     """Deterministic kernels in torch, cuBLAS and NCCL; slower on GPUs. CPU runs are deterministic anyway."""
     stop_at: PositiveInt | None = None
     """Stop after this step and save; the schedule still counts to `steps`. Unset: run to the end."""
+    stop_before: Duration | None = None
+    """How long before the end of the job to stop and save, as 20min, 90s or seconds: longer than a step and a save. The
+    end comes from the batch system. Unset: run until a signal comes."""
     max_skipped_steps: PositiveInt = 10
     """Steps in a row without a finite loss and gradient norm after which the run stops; each is skipped."""
     collective_timeout: PositiveFloat = 600.0
@@ -46,6 +51,7 @@ class RunConfig(Section):
     data: DataConfig
     checkpoint: CheckpointConfig
     log: LogConfig
+    watchdog: WatchdogConfig = WatchdogConfig()
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> "RunConfig":
@@ -63,6 +69,11 @@ class RunConfig(Section):
     def tokens_per_step(self) -> int:
         """Tokens a step, over all replicas."""
         return self.data.global_batch_size * self.data.sequence_length
+
+    @property
+    def watchdog_timeout(self) -> float:
+        """Seconds that a step may take."""
+        return self.watchdog.timeout or self.run.collective_timeout / 2
 
     @property
     def last_step(self) -> int:

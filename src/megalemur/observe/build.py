@@ -1,5 +1,6 @@
 """Chooses the observers of a run from its config."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from megalemur.observe.meter import Meter, Work
 from megalemur.observe.metrics import Metrics
 from megalemur.observe.observer import Observer
 from megalemur.observe.profiler import StepProfiler
+from megalemur.observe.progress import Progress
 from megalemur.observe.sinks import Guarded, JsonLines, Sink, TensorBoard
 from megalemur.observe.terminal import Terminal
 from megalemur.observe.throughput import flops_per_token, known_peak_teraflops
@@ -38,6 +40,9 @@ def build_observers(
         observers.append(StepProfiler(log.profiler, path=trace, first_step=first_step))
     if log.memory_snapshot and torch.cuda.is_available():
         observers.append(MemorySnapshot(log.directory / "memory" / f"{file_name}.pickle"))
+    progress = os.environ.get("MEGALEMUR_PROGRESS")  # the batch script's: it is no part of the run
+    if rank == 0 and progress:
+        observers.append(Progress(Path(progress), first_step))
     if rank == 0:
         meter = Meter(build_work(config, epoch_samples or {}), device_facts=cuda_memory)
         sinks = build_sinks(config, first_step=first_step)

@@ -1,8 +1,7 @@
-"""What all ranks must know before a step that one of them alone cannot know: a signal, a batch that cannot be read."""
+"""What all ranks must know before a step that one of them alone cannot know: a signal, its deadline, a batch that
+cannot be read."""
 
-import signal
 from collections.abc import Callable
-from types import FrameType
 from typing import NamedTuple
 
 import torch
@@ -11,26 +10,7 @@ import torch.distributed as dist
 from megalemur.data.batches import Batch
 from megalemur.data.errors import DataError
 from megalemur.parallel.groups import Place
-
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-
-
-class StopRequest:
-    """SIGTERM, SIGINT, SIGUSR1 or SIGUSR2: finish the step, save, leave. Listens inside its `with` block."""
-
-    def __init__(self) -> None:
-        self.heard = False
-
-    def __enter__(self) -> "StopRequest":
-        self._before = {number: signal.signal(number, self._hear) for number in _SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        self.heard = True
+from megalemur.supervise.signals import StopRequest
 
 
 class Drawn(NamedTuple):

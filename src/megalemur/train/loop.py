@@ -1,12 +1,13 @@
 """The loop is a list of verbs."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 
 from megalemur.observe.observer import Observer, StepReport
 from megalemur.optim.schedule import learning_rate
 from megalemur.parallel.seeds import seed_step
+from megalemur.supervise.pulse import Section
 from megalemur.train.agreement import StopRequest, agree, draw
 from megalemur.train.evaluate import validate
 from megalemur.train.guard import Verdict
@@ -15,18 +16,24 @@ from megalemur.train.setup import Run
 from megalemur.train.step import StepResult, train_step
 
 
-def run_loop(run: Run, observers: Sequence[Observer], stop: StopRequest) -> None:
-    """Train to the last step of the run file, or until asked to stop; the last state is always saved."""
+def run_loop(run: Run, observers: Sequence[Observer], stop: StopRequest) -> bool:
+    """Train to the last step of the run file, or until asked to stop; the last state is always saved.
+
+    Returns whether it was asked to stop.
+    """
     config, state = run.config, run.state
+    stopped = False
     saved = state.step if run.origin.resumed else None
     with closing(run.data.training.prefetched(state.samples, run.portion)) as feed:  # ends the thread that reads ahead
         while state.step < config.last_step:
+            run.pulse.step(state.step)
             seed_step(config.run.seed, state.step, run.place.pp_rank, run.place.dp_rank)
             run.clock.begin()
             started = time.monotonic()
             drawn = draw(feed.__next__)
             waited = time.monotonic() - started
-            if agree(run.place, stop, drawn):
+            stopped = agree(run.place, stop, drawn)
+            if stopped:
                 break
             rate = learning_rate(state.step, config.optim, config.schedule, config.run.steps)
             result = train_step(run.engine, drawn.batches, rate)
@@ -38,6 +45,7 @@ def run_loop(run: Run, observers: Sequence[Observer], stop: StopRequest) -> None
                 saved = state.step
     if saved != state.step:
         save(run, observers)
+    return stopped
 
 
 def advance(run: Run, result: StepResult) -> None:
@@ -62,7 +70,10 @@ def report(
     config, state = run.config, run.state
     every = config.data.validate_every
     last = state.step == config.last_step
-    losses = validate(run) if due(state.step, every) or (every and last) else {}
+    losses: Mapping[str, float] = {}
+    if due(state.step, every) or (every and last):
+        with run.pulse.during(Section.VALIDATION, state.step):
+            losses = validate(run)
     logged = due(state.step, config.log.every) or bool(losses) or last
     told = StepReport(
         step=state.step,
@@ -85,6 +96,7 @@ def report(
 def save(run: Run, observers: Sequence[Observer]) -> None:
     """Save and tell the observers how long training stood still."""
     started = time.monotonic()
-    path = save_run(run)
+    with run.pulse.during(Section.SAVE, run.state.step):
+        path = save_run(run)
     for observer in observers:
         observer.at_save(run.state.step, path, time.monotonic() - started)

@@ -9,7 +9,9 @@ from megalemur.config.run import RunConfig
 from megalemur.observe.build import build_observers
 from megalemur.observe.logs import setup_logging
 from megalemur.parallel.groups import Place, check_world, join, leave, world_from_environment
-from megalemur.train.agreement import StopRequest
+from megalemur.supervise.pulse import Pulse, Section
+from megalemur.supervise.signals import StopRequest
+from megalemur.train.crash_loop import refuse_crash_loop
 from megalemur.train.loop import run_loop
 from megalemur.train.setup import build_run, preflight
 
@@ -20,29 +22,47 @@ _UNPROVEN = (
     "docs/gpu.md lists what was measured and what is due"
 )
 
+_NO_END = (
+    "run.stop_before is set, but neither MEGALEMUR_JOB_END nor SLURM_JOB_END_TIME says when this job ends: the run "
+    "goes on until a signal comes"
+)
 
-def train(config: RunConfig) -> None:
+
+def train(config: RunConfig, stop: StopRequest | None = None, pulse: Pulse | None = None) -> bool:
     """Train as the run file says. Called by every process of the run.
+
+    Args:
+        config: the run.
+        stop: already listening; without one, signals end the process as they would any other.
+        pulse: shared with a supervisor.
+
+    Returns whether it was asked to stop before its last step; it has saved and can be started again.
 
     Raises:
         ValueError: settings that do not fit the processes, the files or each other.
-        DataError, CheckpointError, NumericalStop: see their rooms.
+        DataError, CheckpointError, NumericalStop, CrashLoop: see their rooms.
     """
+    stop, pulse = stop or StopRequest(), pulse or Pulse()
     check_world(config.parallel, world_from_environment()[1])
-    preflight(config)
+    step = preflight(config)
     if config.run.deterministic:
         use_deterministic_kernels()
-    with StopRequest() as stop:
-        place = join(config.parallel, timeout_seconds=config.run.collective_timeout)
-        setup_logging(place.label, place.rank)
-        try:
-            _train(config, place, stop)
-        finally:
-            leave()
+    place = join(config.parallel, timeout_seconds=config.run.collective_timeout)
+    setup_logging(place.label, place.rank)
+    if config.run.stop_before is not None and stop.deadline is None and place.rank == 0:
+        _log.warning(_NO_END)
+    try:
+        if step < config.last_step:
+            refuse_crash_loop(config.checkpoint.directory, step, place)
+        return _train(config, place, stop, pulse)
+    finally:
+        pulse.enter(Section.ENDING)
+        leave()
 
 
-def _train(config: RunConfig, place: Place, stop: StopRequest) -> None:
+def _train(config: RunConfig, place: Place, stop: StopRequest, pulse: Pulse) -> bool:
     run = build_run(config, place)
+    run.pulse = pulse
     _log.info("%s, at step %d of %d", run.origin.describe(), run.state.step, config.run.steps)
     if place.device.type == "cuda":
         _log.info(_UNPROVEN)
@@ -54,8 +74,12 @@ def _train(config: RunConfig, place: Place, stop: StopRequest) -> None:
         epoch_samples={s.config.name: s.samples.samples_per_epoch for s in run.data.training.sources.values()},
     )
     try:
-        run_loop(run, observers, stop)
+        stopped = run_loop(run, observers, stop)
+        if stopped:
+            _log.info("asked to stop: saved at step %d of %d, to be started again", run.state.step, config.run.steps)
+        return stopped
     finally:
+        pulse.enter(Section.ENDING)
         for observer in observers:
             observer.at_end()
 

@@ -2,7 +2,7 @@
 
 import logging
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -21,6 +21,7 @@ from megalemur.optim.optimizer import Optimizer
 from megalemur.parallel.groups import Place
 from megalemur.parallel.seeds import seed_step
 from megalemur.parallel.state import Piece, Segment, pieces_of
+from megalemur.supervise.pulse import Pulse
 from megalemur.train.forward import ForwardStep
 from megalemur.train.guard import FiniteGuard
 from megalemur.train.origin import Origin, fill_pieces, find_origin, refuse_changes
@@ -45,6 +46,8 @@ class Run:
     record: dict[str, Any]
     """Facts about this run, as its checkpoints carry them."""
     clock: ReadyClock
+    pulse: Pulse = field(default_factory=Pulse)
+    """Tells this rank's supervisor, where there is one, what the rank is doing."""
 
     @property
     def portion(self) -> Portion:
@@ -93,17 +96,19 @@ def build_run(config: RunConfig, place: Place) -> Run:
     return run
 
 
-def preflight(config: RunConfig) -> None:
+def preflight(config: RunConfig) -> int:
     """Refuse what the run file's own files make impossible, before any process group exists.
 
-    Every process looks at the same files and so refuses alike.
+    Every process looks at the same files and so refuses alike. Returns the step from which the run will go on.
 
     Raises:
         ValueError, DataError, CheckpointError: as `build_run`.
     """
     resolve_backend(config.model)
     origin = find_origin(config, newest_checkpoint(config.checkpoint.directory).path)
-    build_run_data(config, *_position(origin))
+    state, history = _position(origin)
+    build_run_data(config, state, history)
+    return state.step
 
 
 def _position(origin: Origin) -> tuple[RunState, History | None]:

@@ -1,5 +1,7 @@
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +10,7 @@ from megalemur.cli import exit_codes
 from megalemur.cli.failures import code_of, reported, text_for
 from megalemur.config.load import parse_run
 from megalemur.data.indexed import IndexedFile
+from megalemur.supervise.endings import CHOSEN, Ending
 from megalemur.train.guard import FiniteGuard
 
 BAD_RUN = "run: {name: x, steps: 1, stps: 2}\nmodel: {preset: tiny}"
@@ -26,8 +29,11 @@ def caught(call, *args):
         (lambda directory: IndexedFile(directory / "absent"), exit_codes.BAD_DATA),
         (lambda directory: open_manifest(directory), exit_codes.NO_GOOD_CHECKPOINT),
         (lambda directory: FiniteGuard(1).judge(math.nan, 1.0), exit_codes.NUMERICAL_STOP),
+        (lambda directory: Ending("hung", 0, "why").finish(), exit_codes.HANG),
+        (lambda directory: Ending("died", 0, "why").finish(), exit_codes.RANK_DIED),
+        (lambda directory: Ending("twice", 0, "why").finish(), exit_codes.STOPPED_TWICE),
     ],
-    ids=["config", "data", "checkpoint", "numbers"],
+    ids=["config", "data", "checkpoint", "numbers", "hang", "death", "twice"],
 )
 def test_each_room_s_error_has_its_code(call, code, tmp_path):
     assert code_of(caught(call, tmp_path)) == code
@@ -67,3 +73,11 @@ def test_other_ranks_print_one_line(capsys, monkeypatch):
 
 def test_an_error_without_words_is_named():
     assert text_for(1, ValueError()) == "rank 1: ValueError"
+
+
+def test_exit_codes_are_distinct_chosen_and_documented():
+    codes = {name: code for name, code in vars(exit_codes).items() if name.isupper()}
+    assert len(set(codes.values())) == len(codes)
+    assert all(code in CHOSEN for name, code in codes.items() if name != "DONE")
+    text = (Path(__file__).parents[3] / "docs/running.md").read_text()
+    assert set(re.findall(r"^\| (\d+) \|", text, re.MULTILINE)) == {str(code) for code in codes.values()} | {"1"}

@@ -75,6 +75,10 @@ FIRES = {
         ),
         ("parallel.overlap_p2p=true parallel.pipeline=2", "overlap_p2p=true needs the interleaved schedule"),
     ],
+    "watchdog_before_collectives": [
+        ("watchdog.timeout=600", "watchdog.timeout=600 leaves less than 5 s before run.collective_timeout=600"),
+        ("watchdog.timeout=60 run.collective_timeout=64", "raise run.collective_timeout to 120, or lower"),
+    ],
     "schedule_within_run": [
         ("schedule.warmup_steps=10", "warmup_steps=10 leaves no step after the warm-up of run.steps=10"),
         ("schedule.kind=constant schedule.decay_steps=5", "decay_steps has no effect with schedule.kind=constant"),
@@ -129,6 +133,11 @@ PASSES = {
     "overlaps": [
         "parallel.overlap_param_gather=true parallel.overlap_grad_reduce=true",
         "parallel.overlap_p2p=true parallel.pipeline=2 parallel.chunks=2",
+    ],
+    "watchdog_before_collectives": [
+        "watchdog.timeout=595",
+        "watchdog.timeout=9000 watchdog.enabled=false",
+        "run.collective_timeout=1",
     ],
     "schedule_within_run": [
         "schedule.warmup_steps=9",
