@@ -10,7 +10,7 @@ from megalemur.parallel.seeds import seed_step
 from megalemur.train.agreement import StopRequest, agree, draw
 from megalemur.train.evaluate import validate
 from megalemur.train.guard import Verdict
-from megalemur.train.saving import save_run
+from megalemur.train.saving import begin_save, prepare_saving, save_run, saves_ended
 from megalemur.train.setup import Run
 from megalemur.train.step import StepResult, train_step
 
@@ -18,15 +18,16 @@ from megalemur.train.step import StepResult, train_step
 def run_loop(run: Run, observers: Sequence[Observer], stop: StopRequest) -> None:
     """Train to the last step of the run file, or until asked to stop; the last state is always saved."""
     config, state = run.config, run.state
-    saved = state.step if run.origin.resumed else None
-    with closing(run.data.training.prefetched(state.samples, run.portion)) as feed:  # ends the thread that reads ahead
+    prepare_saving(run)
+    feed = run.data.training.prefetched(state.samples, run.portion)
+    with closing(feed), closing(run.saver):  # ends the thread that reads ahead, and waits for a save in flight
         while state.step < config.last_step:
             seed_step(config.run.seed, state.step, run.place.pp_rank, run.place.dp_rank)
             run.clock.begin()
             started = time.monotonic()
             drawn = draw(feed.__next__)
             waited = time.monotonic() - started
-            if agree(run.place, stop, drawn):
+            if agree(run.place, stop, drawn, saves_exhausted=run.saver.exhausted):
                 break
             rate = learning_rate(state.step, config.optim, config.schedule, config.run.steps)
             result = train_step(run.engine, drawn.batches, rate)
@@ -35,9 +36,8 @@ def run_loop(run: Run, observers: Sequence[Observer], stop: StopRequest) -> None
             report(run, observers, result, rate=rate, waited=waited, seconds=seconds)
             if due(state.step, config.checkpoint.save_every):
                 save(run, observers)
-                saved = state.step
-    if saved != state.step:
-        save(run, observers)
+    if run.saver.saved_step != state.step:
+        save_run(run)
 
 
 def advance(run: Run, result: StepResult) -> None:
@@ -63,6 +63,7 @@ def report(
     every = config.data.validate_every
     last = state.step == config.last_step
     losses = validate(run) if due(state.step, every) or (every and last) else {}
+    ended = saves_ended(run)
     logged = due(state.step, config.log.every) or bool(losses) or last
     told = StepReport(
         step=state.step,
@@ -77,14 +78,16 @@ def report(
         rank_seconds=run.clock.everywhere(run.place) if logged else (),
         ledger=run.data.training.ledger(state.samples) if logged else {},
         validation=losses,
+        save_write_seconds=ended.seconds,
+        failed_saves=ended.failed,
     )
     for observer in observers:
         observer.after_step(told)
 
 
 def save(run: Run, observers: Sequence[Observer]) -> None:
-    """Save and tell the observers how long training stood still."""
+    """Begin a save and tell the observers how long training stood still."""
     started = time.monotonic()
-    path = save_run(run)
+    path = begin_save(run)
     for observer in observers:
         observer.at_save(run.state.step, path, time.monotonic() - started)
