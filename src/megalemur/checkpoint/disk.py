@@ -3,13 +3,18 @@
 Called as `disk.rename(...)`, so that a test can stop a save at each of them. Free of torch; errors are OSErrors.
 """
 
+import ctypes
 import errno
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 _MAX_PARTS = 1024
 """Buffers that Linux takes in one write (IOV_MAX)."""
+_SYNC_FILE_RANGE_WRITE = 2
+"""linux/fs.h: start writing dirty pages of the range, do not wait."""
 
 
 def make_directory(path: Path) -> None:
@@ -33,6 +38,25 @@ def write(file: int, parts: Sequence[memoryview | bytes]) -> None:
             count -= len(left.pop(0))
         if count:
             left[0] = memoryview(left[0])[count:]
+
+
+def start_writing(file: int, start: int, size: int) -> None:
+    """Let the disk begin with bytes that were written: `sync` then finds most of them there. Waits for nothing.
+
+    Advice, not an effect: nothing is promised, and where the system does not know the call nothing happens.
+    """
+    call = _sync_file_range()
+    if call is not None:
+        call(file, start, size, _SYNC_FILE_RANGE_WRITE)
+
+
+@functools.cache
+def _sync_file_range() -> Any:
+    """Linux' call of that name, which Python does not offer; None where there is none."""
+    call = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if call is not None:
+        call.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return call
 
 
 def sync(file: int) -> None:

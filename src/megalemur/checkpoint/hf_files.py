@@ -170,7 +170,7 @@ class WeightGatherer:
                 target.copy_(arrived)
         with attempt.step():
             if writer is not None and attempt.error is None:
-                writer.write(name, tensor)
+                writer.write(name, tensor, passing=True)
 
     def _put(self, part: Placed, spec: TensorSpec, target: torch.Tensor, attempt: Attempt) -> None:
         """This rank's own part, cast on the way; no copy of it in between where it lies on the CPU."""

@@ -5,6 +5,7 @@ copy of them. An error on one rank is an error on all.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -195,26 +196,33 @@ def _begin(peers: Peers, root: Path, step: int) -> tuple[Draft | None, Path]:
 
 def _write(peers: Peers, temporary: Path, plan: SavePlan, read: PieceReader, attempt: Attempt) -> dict[str, FileEntry]:
     """This rank's share of all files; errors end up in `attempt`."""
-    entries = {}
+    entries: dict[str, FileEntry] = {}
     own = plan.own(peers.rank)
-    with attempt.step():
-        if own:
-            entries[rank_file(peers.rank)] = _write_state(temporary / rank_file(peers.rank), own, read)
     masters = [part for part in plan.placed if part.kind == MASTER]
-    entries |= WeightGatherer(peers, masters, read).write(temporary, plan.weights, attempt)
+    with ExitStack() as stack:
+        state = None
+        with attempt.step():
+            if own:
+                path = temporary / rank_file(peers.rank)
+                state = stack.enter_context(TensorFileWriter(path, state_specs(own)))
+                _write_state(state, own, read)
+        entries |= WeightGatherer(peers, masters, read).write(temporary, plan.weights, attempt)
+        with attempt.step():
+            # only now: the disk went on with these bytes while the weights travelled
+            if state is not None and attempt.error is None:
+                entries[rank_file(peers.rank)] = state.finish()
     with attempt.step():
         if peers.rank == 0:
             entries |= {name: write_bytes(temporary / name, data) for name, data in plan.small_files.items()}
     return entries
 
 
-def _write_state(path: Path, own: Sequence[Placed], read: PieceReader) -> FileEntry:
+def _write_state(writer: TensorFileWriter, own: Sequence[Placed], read: PieceReader) -> None:
     """One rank file, piece by piece: nothing is gathered, one piece at a time is on the CPU."""
-    specs = state_specs(own)
-    with TensorFileWriter(path, specs) as writer:
-        for part, key in zip(own, specs, strict=True):
-            writer.write(key, read(part).cpu().contiguous())
-        return writer.finish()
+    for part, key in zip(own, state_specs(own), strict=True):
+        held = read(part)
+        tensor = held.cpu().contiguous()
+        writer.write(key, tensor, passing=tensor is not held)
 
 
 def state_specs(own: Iterable[Placed]) -> dict[str, TensorSpec]:

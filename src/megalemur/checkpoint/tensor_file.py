@@ -18,6 +18,9 @@ from megalemur.checkpoint.digests import ChunkDigester, FileEntry, entry_of
 WRITE_BYTES = 8 << 20
 """Bytes of one write, but for the last of a file: parallel file systems want 4 MiB and more."""
 
+_START_BYTES = 32 << 20
+"""The disk begins with so many bytes at a time while more are written."""
+
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
@@ -45,7 +48,7 @@ class TensorFileWriter:
         self._waiting = dict(specs)
         self._digest = ChunkDigester()
         self._parts: list[memoryview] = []
-        self._part_bytes = 0
+        self._part_bytes = self._written = self._started = 0
         self._file = disk.create(path)
         self._put(memoryview(_header(specs)))
 
@@ -58,27 +61,37 @@ class TensorFileWriter:
         self._parts.clear()
         disk.close(self._file)
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Append the next tensor: on CPU, contiguous, as its spec says. It must keep its values until `finish`."""
+    def write(self, name: str, tensor: torch.Tensor, *, passing: bool = False) -> None:
+        """Append the next tensor: on CPU, contiguous, as its spec says.
+
+        Args:
+            name: of the tensor.
+            tensor: must keep its values until the last one has been written.
+            passing: nobody else holds the tensor. What waits of it is copied, so that the rest of its memory goes: two
+                gathered tensors are never held at once.
+        """
         expected = next(iter(self._waiting))
         assert name == expected, f"{name} written where the header has {expected}"
         spec = self._waiting.pop(name)
         assert (tuple(tensor.shape), tensor.dtype) == spec and tensor.is_contiguous()
-        self._put(tensor.view(-1).view(torch.uint8).numpy().data)
+        self._put(tensor.view(-1).view(torch.uint8).numpy().data, copy_rest=passing)
+        if not self._waiting:
+            self._flush()
 
     def finish(self) -> FileEntry:
         """Bring the file to the disk; its size and digests."""
         assert not self._waiting, f"{len(self._waiting)} tensors were announced and not written"
-        self._flush()
+        self._flush()  # a file without tensors has its header
         disk.sync(self._file)
         return self._digest.entry()
 
-    def _put(self, data: memoryview) -> None:
+    def _put(self, data: memoryview, *, copy_rest: bool = False) -> None:
         while data:
             part = data[: WRITE_BYTES - self._part_bytes]
-            self._parts.append(part)
-            self._part_bytes += len(part)
             data = data[len(part) :]
+            waits = self._part_bytes + len(part) < WRITE_BYTES
+            self._parts.append(memoryview(bytes(part)) if copy_rest and waits else part)
+            self._part_bytes += len(part)
             if self._part_bytes == WRITE_BYTES:
                 self._flush()
 
@@ -86,9 +99,14 @@ class TensorFileWriter:
         # digested right before they are written: the second reader finds them in the processor's cache
         for part in self._parts:
             self._digest.update(part)
-        disk.write(self._file, self._parts)
+        if self._parts:
+            disk.write(self._file, self._parts)
+        self._written += self._part_bytes
         self._parts.clear()
         self._part_bytes = 0
+        if self._written - self._started >= _START_BYTES:
+            disk.start_writing(self._file, self._started, self._written - self._started)
+            self._started = self._written
 
 
 def file_order(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
