@@ -14,10 +14,12 @@ from megalemur.checkpoint.errors import CheckpointError
 from megalemur.checkpoint.save import Contents, save_checkpoint
 from megalemur.checkpoint.saver import Saver
 from megalemur.config.checkpoint import CheckpointConfig
+from megalemur.config.state_bytes import share_bytes
 from megalemur.parallel.state import KINDS, Box, Piece
 from tests.distributed.test_checkpoint_files import LAYOUTS, RANKS, split, with_a_group
 from tests.support.ranks import run_ranks
 from tests.support.tiny import tiny_run
+from tests.support.training import train_and_save
 from tests.unit.checkpoint.synthetic import contents, pieces_at
 
 
@@ -144,6 +146,16 @@ def test_a_save_takes_one_tensor_and_a_fixed_buffer(tmp_path: Path) -> None:
     found = run_ranks(2, peaks, tmp_path)
     assert max(found) > tensor // 2, "the writer holds the gathered tensor: the measure works"
     assert max(found) < tensor + buffer, found
+
+
+@pytest.mark.parametrize("optimizer", ["true", "false"], ids=["distributed optimizer", "copies on every replica"])
+def test_a_rank_writes_the_share_that_the_configuration_says(optimizer: str, tmp_path: Path) -> None:
+    layout = ("parallel.pipeline=2", "parallel.data=2", f"parallel.distributed_optimizer={optimizer}")
+    config = tiny_run(tmp_path, *layout, "run.stop_at=1")
+    path = run_ranks(4, train_and_save, config)[0][1]
+    sizes = [file.stat().st_size for file in path.glob("trainer/rank-*.safetensors")]
+    share = share_bytes(config.model, config.parallel)
+    assert len(sizes) == 4 and 0.98 * share < max(sizes) < 1.1 * share, "with its header"
 
 
 def train_through_failures(config):

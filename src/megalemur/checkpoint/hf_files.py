@@ -48,11 +48,13 @@ def share_out(
         wanted_files: as many files as that, as near as whole tensors allow, where `max_file_bytes` does not ask for
             more; 0: one a rank, as long as a file holds SMALL_FILE_BYTES.
     """
-    total = sum(spec.bytes for spec in specs.values())
-    wanted = wanted_files or min(len(loads), max(1, total // SMALL_FILE_BYTES))
-    groups = _filled(specs, max_file_bytes)
-    if len(groups) < wanted:
-        groups = [part for group in _evenly(specs, wanted) for part in _filled(group, max_file_bytes)]
+    total, ranks = sum(spec.bytes for spec in specs.values()), len(loads)
+    needed = max(wanted_files, len(_filled(specs, max_file_bytes)))
+    if not wanted_files:
+        needed = max(needed, min(ranks, total // SMALL_FILE_BYTES))
+        # some more, rather than ranks with a file less than others
+        needed = -(-needed // ranks) * ranks if needed > ranks else needed
+    groups = _within(specs, max_file_bytes, needed)
     count = len(groups)
     names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     writers = _writers([sum(spec.bytes for spec in group.values()) for group in groups], loads)
@@ -72,6 +74,15 @@ def _filled(specs: Mapping[str, TensorSpec], max_file_bytes: int) -> list[dict[s
         groups[-1][name] = spec
         size += spec.bytes
     return groups
+
+
+def _within(specs: Mapping[str, TensorSpec], max_file_bytes: int, needed: int) -> list[dict[str, TensorSpec]]:
+    """`needed` groups of about equal bytes, or as many more as the limit asks for."""
+    for count in range(needed, 2 * needed + 1):
+        groups = _evenly(specs, count)
+        if all(len(group) == 1 or sum(s.bytes for s in group.values()) <= max_file_bytes for group in groups):
+            return groups
+    return [part for group in _evenly(specs, needed) for part in _filled(group, max_file_bytes)]
 
 
 def _evenly(specs: Mapping[str, TensorSpec], count: int) -> list[dict[str, TensorSpec]]:

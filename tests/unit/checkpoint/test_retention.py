@@ -19,7 +19,7 @@ from megalemur.checkpoint.directory import (
 from megalemur.checkpoint.errors import CheckpointError, DamagedCheckpoint, NoGoodCheckpoint
 from megalemur.checkpoint.exchange import Peers
 from megalemur.checkpoint.read_back import read_back
-from megalemur.checkpoint.retention import Rules, fates, retain, survey
+from megalemur.checkpoint.retention import Rules, retain, survey
 from tests.unit.checkpoint.small import kill_before_effect, write_small
 
 
@@ -100,10 +100,6 @@ def test_a_kill_before_each_effect_of_a_pass_loses_nothing_that_stays(tmp_path: 
         write_small(root, 6)
         assert steps(root) == [2, 4, 5, 6] and len(names(root)) == 4, "what was half deleted is gone"
     assert number > 20
-
-
-def test_the_rules_need_no_disk() -> None:
-    assert fates([], Rules(keep=1)) == {}
 
 
 class World:
