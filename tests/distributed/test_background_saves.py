@@ -1,6 +1,7 @@
 """Saves while training goes on: the state of the step bit by bit, and failures on all ranks alike."""
 
 import resource
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch.distributed as dist
 
 from megalemur.checkpoint.directory import newest_checkpoint, verify_checkpoint
 from megalemur.checkpoint.errors import CheckpointError
+from megalemur.checkpoint.retention import Rules, retain
 from megalemur.checkpoint.save import Contents, save_checkpoint
 from megalemur.checkpoint.saver import Saver
 from megalemur.config.checkpoint import CheckpointConfig
@@ -221,3 +223,22 @@ def test_background_and_plain_saves_of_a_run_hold_the_same_bits(tmp_path: Path) 
         for name in files:
             if not name.endswith(("run.yaml", "manifest.json")):  # the two settings differ, and their digest
                 assert files[name] == kept["false"][step][name], name
+
+
+def start_and_save(config, to: Path) -> Path:
+    from megalemur.train.saving import contents_of
+    from tests.support.training import start
+
+    run = start(config)
+    assert run.state.step == 0 and not run.origin.resumed
+    return save_checkpoint(to, contents_of(run), group=None, max_file_bytes=config.checkpoint.max_file_bytes)
+
+
+def test_a_new_run_starts_from_weights_that_were_kept_alone(tmp_path: Path) -> None:
+    ((_, path),) = run_ranks(1, train_and_save, tiny_run(tmp_path, "run.stop_at=2"))
+    newer = shutil.copytree(path, path.with_name("step_000004"))
+    retained = retain(path.parent, Rules(keep=1, keep_weights_every=2), read_back={newer})
+    assert retained.thinned == [path] and not (path / "trainer").exists()
+    config = tiny_run(tmp_path, f"checkpoint.directory={tmp_path}/new", start_from=path)
+    (again,) = run_ranks(1, start_and_save, config, tmp_path / "again")
+    assert (again / "model.safetensors").read_bytes() == (path / "model.safetensors").read_bytes()

@@ -40,7 +40,7 @@ class Draft:
     path: Path
     final: Path
     lock: int
-    """Descriptor of the empty manifest, locked."""
+    """Descriptor of the empty manifest, locked; -1 once it is closed."""
 
     def commit(self, manifest: bytes) -> Path:
         """The manifest, everything to the disk, then the one rename that makes it a checkpoint.
@@ -81,14 +81,15 @@ def open_draft(root: Path, step: int) -> Draft:
     final = step_directory(root, step)
     path = final.with_name(f"{final.name}.tmp-{_mark()}{secrets.token_hex(4)}")
     disk.make_directory(path)
-    lock = disk.create(path / MANIFEST)
+    draft = Draft(path, final, -1)
     try:
-        _try_lock(lock)
+        draft.lock = disk.create(path / MANIFEST)
+        _try_lock(draft.lock)
         disk.make_directory(path / TRAINER)
     except OSError:
-        disk.close(lock)
+        draft.discard()
         raise
-    return Draft(path, final, lock)
+    return draft
 
 
 def sweep(root: Path) -> list[Path]:

@@ -155,6 +155,7 @@ class Saver:
 
     def _write(self, plan: SavePlan, read: PieceReader) -> None:
         root = self._settings.directory
+        self._read_back.discard(step_directory(root, plan.step))  # what comes now is another
         path, manifest = write_checkpoint(self._peers, root, plan, read)
         if not self._settings.read_back:
             return

@@ -10,7 +10,7 @@ from megalemur.parallel.seeds import seed_step
 from megalemur.train.agreement import StopRequest, agree, draw
 from megalemur.train.evaluate import validate
 from megalemur.train.guard import Verdict
-from megalemur.train.saving import begin_save, prepare_saving, save_run, saves_ended
+from megalemur.train.saving import begin_save, finish_save, prepare_saving, saves_ended
 from megalemur.train.setup import Run
 from megalemur.train.step import StepResult, train_step
 
@@ -37,7 +37,8 @@ def run_loop(run: Run, observers: Sequence[Observer], stop: StopRequest) -> None
             if due(state.step, config.checkpoint.save_every):
                 save(run, observers)
     if run.saver.saved_step != state.step:
-        save_run(run)
+        save(run, observers)
+        finish_save(run)
 
 
 def advance(run: Run, result: StepResult) -> None:

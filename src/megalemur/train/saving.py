@@ -73,9 +73,18 @@ def save_run(run: Run) -> Path:
         CheckpointError: on every rank alike.
     """
     path = begin_save(run)
+    finish_save(run)
+    return path
+
+
+def finish_save(run: Run) -> None:
+    """Wait until the checkpoint of the last `begin_save` stands. A collective.
+
+    Raises:
+        CheckpointError: on every rank alike: it does not.
+    """
     run.saver.wait()
     run.saver.raise_last()
-    return path
 
 
 class SavesEnded(NamedTuple):
