@@ -6,7 +6,7 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet --quiet
 STAMP := $(VENV)/.installed
 TRANSFORMERS4 := $(VENV)/transformers4
 
-.PHONY: help setup quickstart test test-gpu check bench-train bench-data bench-gpu faults fuzz clean
+.PHONY: help setup quickstart test test-gpu check bench-train bench-data bench-checkpoint bench-gpu faults fuzz clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -44,6 +44,10 @@ bench-data: setup  ## the preprocessor beside a pool, its engine and cp; its mem
 	$(BIN)/python -W ignore benchmarks/data_prep.py memory --megabytes 2000
 	$(BIN)/python -W ignore benchmarks/data_prep.py memory --documents 30000000
 	$(BIN)/python -W ignore benchmarks/data_prep.py memory --megabytes 10000
+
+bench-checkpoint: setup  ## saves with digests, in the background and beside cp, on 1, 2 and 4 ranks
+	$(BIN)/python -W ignore benchmarks/checkpoint.py digests
+	$(BIN)/python -W ignore benchmarks/checkpoint.py
 
 bench-gpu: setup  ## the same on a GPU, at the width of Llama-2-70B
 	$(BIN)/python -W ignore benchmarks/train_step.py --width 70b

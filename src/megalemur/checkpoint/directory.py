@@ -1,12 +1,9 @@
-"""The directory of a run's checkpoints: which are there, which verify, which may go. Free of torch.
+"""The directory of a run's checkpoints: which are there and which verify. Only reads. Free of torch.
 
 Believes a `step_*` directory whose manifest verifies, and nothing else: no pointer file, never a `*.tmp-*`.
 """
 
-import os
 import re
-import secrets
-import shutil
 import stat
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +11,8 @@ from typing import NamedTuple
 from megalemur.checkpoint.digests import FileEntry, verified_chunks
 from megalemur.checkpoint.errors import DamagedCheckpoint, NoGoodCheckpoint
 from megalemur.checkpoint.manifest import MANIFEST, Manifest, parse_manifest
+
+_COMMITTED = re.compile(r"step_(\d{6,})(\.replaced-[0-9a-f]+)?", re.ASCII)
 
 
 class Newest(NamedTuple):
@@ -29,12 +28,26 @@ def step_directory(root: Path, step: int) -> Path:
     return root / f"step_{step:06d}"
 
 
+def step_of(path: Path) -> int | None:
+    """The step of a committed checkpoint by its directory's name; None for anything else."""
+    match = _COMMITTED.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
+def is_replaced(path: Path) -> bool:
+    """Whether a committed checkpoint made room for a newer one of its own step."""
+    return ".replaced-" in path.name
+
+
 def checkpoint_directories(root: Path) -> list[Path]:
-    """Committed checkpoints, newest first; whether they verify is another question."""
+    """Committed checkpoints, newest first; whether they verify is another question.
+
+    One that made room for another of its step comes after that one: it counts when a kill left nothing in its place.
+    """
     if not root.is_dir():
         return []
-    found = [(int(match[1]), path) for path in root.iterdir() if (match := re.fullmatch(r"step_(\d{6,})", path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    found = [(step, not is_replaced(path), path) for path in root.iterdir() if (step := step_of(path)) is not None]
+    return [path for _, _, path in sorted(found, reverse=True)]
 
 
 def open_manifest(path: Path) -> Manifest:
@@ -79,16 +92,32 @@ def verify_checkpoint(path: Path) -> Manifest:
     return manifest
 
 
-def newest_checkpoint(root: Path) -> Newest:
-    """The newest checkpoint under `root` whose manifest and file sizes verify; `verify_checkpoint` reads all bytes.
+def open_whole(path: Path) -> Manifest:
+    """`open_manifest` of a checkpoint that a run can resume from.
 
     Raises:
-        NoGoodCheckpoint: there are checkpoints, and none verifies.
+        DamagedCheckpoint: as there, or its trainer's part was dropped.
+    """
+    manifest = open_manifest(path)
+    if manifest.dropped:
+        raise DamagedCheckpoint(
+            path / MANIFEST,
+            "holds weights only, its trainer's part was dropped (checkpoint.keep_weights_every): nothing to resume "
+            "from; name it as checkpoint.start_from of a new run",
+        )
+    return manifest
+
+
+def newest_checkpoint(root: Path) -> Newest:
+    """The newest whole checkpoint under `root` by manifest and file sizes; `verify_checkpoint` reads all bytes.
+
+    Raises:
+        NoGoodCheckpoint: there are checkpoints, and none can be resumed from.
     """
     damaged = []
     for path in checkpoint_directories(root):
         try:
-            open_manifest(path)
+            open_whole(path)
         except DamagedCheckpoint as error:
             damaged.append(error)
         else:
@@ -96,39 +125,3 @@ def newest_checkpoint(root: Path) -> Newest:
     if damaged:
         raise NoGoodCheckpoint(root, damaged)
     return Newest(None, ())
-
-
-def prune(root: Path, keep: int) -> list[Path]:
-    """Delete all but the newest `keep` checkpoints that verify; returns what is gone. 0 keeps all.
-
-    Call it on one rank, after a commit. Damaged checkpoints count for nothing and go only once `keep` good ones are
-    newer. Unfinished saves (`*.tmp-*`) are left alone: another process may be writing them.
-    """
-    good, gone = 0, []
-    for path in checkpoint_directories(root) if keep else []:
-        if good >= keep:
-            _remove(path)
-            gone.append(path)
-            continue
-        try:
-            open_manifest(path)
-        except DamagedCheckpoint:
-            continue
-        good += 1
-    return gone
-
-
-def _remove(path: Path) -> None:
-    # renamed first: a half-deleted directory must never look like a checkpoint
-    doomed = path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
-    path.rename(doomed)
-    shutil.rmtree(doomed)
-
-
-def sync_directory(path: Path) -> None:
-    """Make the names inside a directory survive a power cut."""
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,262 +1,250 @@
 """Saves a checkpoint: every rank writes what it owns, the weights become Hugging Face files, one rename commits.
 
-Until that rename the directory is called `step_N.tmp-<nonce>` and nothing believes it. An error on one rank is an error
-on all.
+Two halves: `Planner.plan` agrees on who writes what, and `write_checkpoint` writes it, from the live tensors or from a
+copy of them. An error on one rank is an error on all.
 """
 
-import re
-import secrets
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import xxhash
 
-from megalemur.checkpoint.cover import inside
+from megalemur.checkpoint.contents import Contents, problems_of, shared_digests
 from megalemur.checkpoint.digests import FileEntry
-from megalemur.checkpoint.directory import open_manifest, step_directory, sync_directory
-from megalemur.checkpoint.errors import CheckpointError, DamagedCheckpoint
+from megalemur.checkpoint.draft import Draft, open_draft, sweep
+from megalemur.checkpoint.errors import CheckpointError
 from megalemur.checkpoint.exchange import Attempt, Peers
-from megalemur.checkpoint.hf_files import INDEX, WeightFile, WeightGatherer, index_json, share_out
+from megalemur.checkpoint.hf_files import INDEX, PieceReader, WeightFile, WeightGatherer, index_json, share_out
 from megalemur.checkpoint.manifest import (
-    MANIFEST,
+    ITEM_BYTES,
     STATE,
-    TRAINER,
     Manifest,
     Stored,
     box_of_text,
     box_text,
     dump_manifest,
-    is_plain_path,
     rank_file,
     tensor_key,
 )
 from megalemur.checkpoint.placement import Claim, Placed, place, refuse_problems
-from megalemur.checkpoint.tensor_file import DTYPE_NAMES, TensorFileWriter, TensorSpec, offsets, write_bytes
-from megalemur.config.strict_json import canonical_json, readable_json
-from megalemur.parallel.state import KINDS, MASTER, Piece
+from megalemur.checkpoint.tensor_file import TensorFileWriter, TensorSpec, offsets, write_bytes
+from megalemur.config.strict_json import canonical_json, parse_json, readable_json
+from megalemur.parallel.state import KINDS, MASTER
 
-_RESERVED = re.compile(r"manifest\.json|trainer|.*\.safetensors(\.index\.json)?")
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What a checkpoint is made of, as this rank sees it. Everything but `pieces` is the same on all ranks."""
-
-    step: int
-    """Optimizer steps taken."""
-    pieces: Sequence[Piece]
-    """The fp32 state this rank holds, on any device. Ranks may hold copies of the same boxes; each is written once."""
-    shapes: Mapping[str, tuple[int, ...]]
-    """Every Hugging Face tensor of the model, in the order of the files. The masters must cover each."""
-    dtypes: Mapping[str, torch.dtype]
-    """Width of each tensor in the Hugging Face files."""
-    files: Mapping[str, bytes]
-    """Further files of the top folder by name: config.json, generation_config.json, tokenizer, run.yaml."""
-    state: Mapping[str, Any]
-    """trainer/state.json: JSON values, finite numbers."""
-    record: Mapping[str, Any]
-    """Facts about the run for the manifest: layout, backend, optimizer, versions."""
+__all__ = ["Contents", "Planner", "SavePlan", "Sizes", "save_checkpoint", "write_checkpoint"]
 
 
-def save_checkpoint(root: Path, contents: Contents, *, group: dist.ProcessGroup | None, max_file_bytes: int) -> Path:
+class Sizes(NamedTuple):
+    """How the Hugging Face weights are cut into files."""
+
+    max_file_bytes: int
+    """Largest file; a larger tensor has one of its own."""
+    weight_files: int = 0
+    """So many files at least, as near as whole tensors allow; 0: one a rank, where the model is large enough."""
+
+
+class Written(NamedTuple):
+    """A committed checkpoint."""
+
+    path: Path
+    manifest: Manifest
+
+
+def save_checkpoint(
+    root: Path, contents: Contents, *, group: dist.ProcessGroup | None, max_file_bytes: int, weight_files: int = 0
+) -> Path:
     """Write `root/step_N`; returns it once it is complete and on the disk. A collective over `group`.
+
+    A checkpoint of this step that is there already makes room: what the run holds now is its state at this step.
 
     Args:
         root: folder of the run's checkpoints, seen by all ranks.
         contents: what to write.
         group: CPU process group (gloo) over all ranks; None for a single process.
-        max_file_bytes: largest Hugging Face weight file; a larger tensor has a file of its own.
+        max_file_bytes: see Sizes.
+        weight_files: see Sizes.
 
     Raises:
-        CheckpointError: on every rank alike, and nothing is committed: refused contents, a good checkpoint of this step
-            that is already there, or an error of any rank while writing.
+        CheckpointError: on every rank alike, and nothing is committed: refused contents, or an error of any rank while
+            writing.
     """
     peers = Peers(group)
-    placed = _agree(peers, contents, max_file_bytes)
-    temporary = _begin(peers, root, contents.step)
-    attempt = Attempt()
-    plan = _Plan(contents, placed, _weight_files(contents, max_file_bytes, peers.size))
-    entries = _write(peers, temporary, plan, attempt)
-    try:
-        files = _all_entries(peers, entries, attempt.error)
-        attempt = Attempt()
-        if peers.rank == 0:
-            with attempt.step():
-                _commit(temporary, step_directory(root, contents.step), _manifest(plan, files))
-        peers.raise_together(attempt.error, "committing the checkpoint")
-    except CheckpointError:
-        if peers.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return step_directory(root, contents.step)
+    plan = Planner(peers, Sizes(max_file_bytes, weight_files)).plan(contents)
+    return write_checkpoint(peers, root, plan, live_reader(contents)).path
+
+
+def live_reader(contents: Contents) -> PieceReader:
+    """Reads parts of this rank's state where it lives."""
+    held = contents.held
+    return lambda part: held[part.claim][part.box.relative_to(part.held).slices]
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """What is written where; equal on all ranks but for the pieces in `contents`."""
+class SavePlan:
+    """What is written where; equal on all ranks. Holds no tensor and nothing that training changes."""
 
-    contents: Contents
-    placed: Sequence[Placed]
-    weights: Sequence[WeightFile]
+    step: int
+    record: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    small_files: Mapping[str, bytes] = field(repr=False)
+    """What rank 0 writes besides tensors, by path."""
+    placed: Sequence[Placed] = field(repr=False)
+    weights: Sequence[WeightFile] = field(repr=False)
 
-    @property
-    def small_files(self) -> dict[str, bytes]:
-        """What rank 0 writes besides tensors."""
-        files = {**self.contents.files, STATE: readable_json(self.contents.state)}
-        if len(self.weights) > 1:
-            files[INDEX] = index_json(self.weights)
-        return files
-
-
-def _weight_files(contents: Contents, max_file_bytes: int, ranks: int) -> list[WeightFile]:
-    specs = {name: TensorSpec(tuple(shape), contents.dtypes[name]) for name, shape in contents.shapes.items()}
-    return share_out(specs, max_file_bytes, ranks)
+    def own(self, rank: int) -> list[Placed]:
+        """What a rank writes of the state, in the order of its file."""
+        return [part for part in self.placed if part.rank == rank]
 
 
-def _agree(peers: Peers, contents: Contents, max_file_bytes: int) -> list[Placed]:
-    """Refuse contents that are wrong or differ between ranks; else who writes what."""
-    attempt = Attempt()
-    shared: dict[str, str] = {}
-    with attempt.step():
-        refuse_problems("these contents cannot be saved", list(_problems(contents)))
-        shared = _fingerprints(contents, max_file_bytes)
-    peers.raise_together(attempt.error, "saving the checkpoint")
-    names = sorted(contents.shapes)
-    numbers = {name: i for i, name in enumerate(names)}
-    claims = [[numbers[p.name], KINDS.index(p.kind), box_text(p.box)] for p in contents.pieces]
-    said = peers.all_gather({"shared": shared, "claims": claims})
-    for part, digest in said[0]["shared"].items():
-        odd = [rank for rank, other in enumerate(said) if other["shared"].get(part) != digest]
-        if odd:
-            raise CheckpointError(f"saving the checkpoint: ranks {odd} have other {part} than rank 0")
-    held = [[Claim(names[i], KINDS[k], box_of_text(box)) for i, k, box in other["claims"]] for other in said]
-    return place(held, contents.shapes)
+class Planner:
+    """Agrees with the other ranks on who writes what, and remembers it: a run holds the same boxes at every save."""
+
+    def __init__(self, peers: Peers, sizes: Sizes):
+        self._peers, self._sizes = peers, sizes
+        self._key = ""
+        self._placed: list[Placed] = []
+        self._weights: list[WeightFile] = []
+
+    def plan(self, contents: Contents) -> SavePlan:
+        """Refuse contents that are wrong or differ between ranks; else what is written where. A collective.
+
+        Raises:
+            CheckpointError: on every rank alike.
+        """
+        attempt = Attempt()
+        shared: dict[str, str] = {}
+        with attempt.step():
+            refuse_problems("these contents cannot be saved", list(problems_of(contents)))
+            shared = {**shared_digests(contents), "settings": repr(self._sizes)}
+        self._peers.raise_together(attempt.error, "saving the checkpoint")
+        claims = _claims_of(contents)
+        key = shared["shapes or dtypes"] + xxhash.xxh3_128_hexdigest(canonical_json(claims))
+        said = self._peers.all_gather({"shared": shared, "new": key != self._key})
+        for part, digest in said[0]["shared"].items():
+            odd = [rank for rank, other in enumerate(said) if other["shared"].get(part) != digest]
+            if odd:
+                raise CheckpointError(f"saving the checkpoint: ranks {odd} have other {part} than rank 0")
+        if any(other["new"] for other in said):
+            self._place(contents, claims)
+            self._key = key
+        files = {**contents.files, STATE: readable_json(contents.state)}
+        if len(self._weights) > 1:
+            files[INDEX] = index_json(self._weights)
+        record = parse_json(canonical_json(contents.record))
+        return SavePlan(contents.step, record, dict(contents.shapes), files, self._placed, self._weights)
+
+    def _place(self, contents: Contents, claims: list[Any]) -> None:
+        names = sorted(contents.shapes)
+        held = [
+            [Claim(names[i], KINDS[k], box_of_text(box)) for i, k, box in other]
+            for other in self._peers.all_gather(claims)
+        ]
+        self._placed = place(held, contents.shapes)
+        loads = [0] * self._peers.size
+        for part in self._placed:
+            loads[part.rank] += part.box.size * ITEM_BYTES
+        specs = {name: TensorSpec(tuple(shape), contents.dtypes[name]) for name, shape in contents.shapes.items()}
+        sizes = self._sizes
+        self._weights = share_out(specs, sizes.max_file_bytes, loads, wanted_files=sizes.weight_files)
 
 
-def _problems(contents: Contents) -> Iterator[str]:
-    """What is wrong with this rank's contents."""
-    for name in contents.shapes:
-        if contents.dtypes.get(name) not in DTYPE_NAMES:
-            yield f"{name}: export dtype {contents.dtypes.get(name)}; use fp32, bf16 or fp16"
-    for name in contents.files:
-        if not is_plain_path(name) or "/" in name or _RESERVED.fullmatch(name):
-            yield f"file {name!r}: wants a plain name in the top folder that is not the manifest's or the weights'"
-    for piece in contents.pieces:
-        shape = contents.shapes.get(piece.name)
-        what = f"{piece.name} ({piece.kind}) {box_text(piece.box)}"
-        if shape is None or piece.kind not in KINDS:
-            yield f"{what}: the model has no such tensor or state of this kind"
-        elif tuple(piece.shape) != tuple(shape) or not inside(piece.box, shape):
-            yield f"{what} of shape {list(piece.shape)}: the model's tensor has shape {list(shape)}"
-        elif tuple(piece.tensor.shape) != piece.box.shape or piece.tensor.dtype != torch.float32:
-            yield f"{what}: held as {piece.tensor.dtype} {list(piece.tensor.shape)}; wants fp32 of the box's shape"
+def _claims_of(contents: Contents) -> list[Any]:
+    """The boxes this rank holds, as JSON: number of the name, number of the kind, box."""
+    numbers = {name: i for i, name in enumerate(sorted(contents.shapes))}
+    return [[numbers[p.name], KINDS.index(p.kind), box_text(p.box)] for p in contents.pieces]
 
 
-def _fingerprints(contents: Contents, max_file_bytes: int) -> dict[str, str]:
-    """Digests of what must be equal on all ranks, by the words used when it is not."""
-    files = {name: xxhash.xxh3_128_hexdigest(data) for name, data in contents.files.items()}
-    shapes = [[name, list(shape), str(contents.dtypes[name])] for name, shape in contents.shapes.items()]
-    parts = {
-        "step": contents.step,
-        "max_file_bytes": max_file_bytes,
-        "shapes or dtypes": shapes,
-        "files": files,
-        "trainer state": contents.state,
-        "record": contents.record,
-    }
-    return {part: xxhash.xxh3_128_hexdigest(canonical_json(value)) for part, value in parts.items()}
+def write_checkpoint(peers: Peers, root: Path, plan: SavePlan, read: PieceReader) -> Written:
+    """Write what was planned and commit it. A collective over the peers; touches no device but through `read`.
+
+    Raises:
+        CheckpointError: on every rank alike, and nothing is committed.
+    """
+    draft, temporary = _begin(peers, root, plan.step)
+    try:
+        attempt = Attempt()
+        entries = _write(peers, temporary, plan, read, attempt)
+        peers.raise_together(attempt.error, "writing the checkpoint")
+        manifest = _manifest(plan, _all_entries(peers, entries))
+        attempt = Attempt()
+        with attempt.step():
+            if draft is not None:
+                draft.commit(dump_manifest(manifest))
+        peers.raise_together(attempt.error, "committing the checkpoint")
+    except Exception:
+        if draft is not None:
+            draft.discard()
+        raise
+    return Written(root / temporary.name.split(".")[0], manifest)
 
 
-def _begin(peers: Peers, root: Path, step: int) -> Path:
-    """Create the temporary folder on rank 0; its path, on all ranks."""
-    nonce = peers.all_gather(secrets.token_hex(4))[0]
-    final = step_directory(root, step)
-    temporary = final.with_name(f"{final.name}.tmp-{nonce}")
-    attempt = Attempt()
+def _begin(peers: Peers, root: Path, step: int) -> tuple[Draft | None, Path]:
+    """Clear away what killed saves left, and create the temporary folder: both on rank 0; its path, on all ranks."""
+    attempt, draft = Attempt(), None
     if peers.rank == 0:
         with attempt.step():
-            _refuse_existing(final)
-            (temporary / TRAINER).mkdir(parents=True)
+            sweep(root)
+            draft = open_draft(root, step)
     peers.raise_together(attempt.error, "beginning the checkpoint")
-    return temporary
+    return draft, root / peers.all_gather(draft and draft.path.name)[0]
 
 
-def _refuse_existing(final: Path) -> None:
-    if not final.exists():
-        return
-    try:
-        open_manifest(final)
-    except DamagedCheckpoint:
-        return  # _commit moves it aside
-    raise CheckpointError(f"{final} already holds a checkpoint of this step; move it away or save elsewhere")
-
-
-def _write(peers: Peers, temporary: Path, plan: _Plan, attempt: Attempt) -> dict[str, FileEntry]:
+def _write(peers: Peers, temporary: Path, plan: SavePlan, read: PieceReader, attempt: Attempt) -> dict[str, FileEntry]:
     """This rank's share of all files; errors end up in `attempt`."""
-    held = {Claim(piece.name, piece.kind, piece.box): piece for piece in plan.contents.pieces}
-
-    def read(part: Placed) -> torch.Tensor:
-        return held[part.claim].tensor.detach()[part.box.relative_to(part.held).slices]
-
-    entries = {}
-    own = [part for part in plan.placed if part.rank == peers.rank]
-    with attempt.step():
-        if own:
-            entries[rank_file(peers.rank)] = _write_state(temporary / rank_file(peers.rank), own, read)
+    entries: dict[str, FileEntry] = {}
+    own = plan.own(peers.rank)
     masters = [part for part in plan.placed if part.kind == MASTER]
-    entries |= WeightGatherer(peers, masters, read).write(temporary, plan.weights, attempt)
+    with ExitStack() as stack:
+        state = None
+        with attempt.step():
+            if own:
+                path = temporary / rank_file(peers.rank)
+                state = stack.enter_context(TensorFileWriter(path, state_specs(own)))
+                _write_state(state, own, read)
+        entries |= WeightGatherer(peers, masters, read).write(temporary, plan.weights, attempt)
+        with attempt.step():
+            # only now: the disk went on with these bytes while the weights travelled
+            if state is not None and attempt.error is None:
+                entries[rank_file(peers.rank)] = state.finish()
     with attempt.step():
         if peers.rank == 0:
             entries |= {name: write_bytes(temporary / name, data) for name, data in plan.small_files.items()}
     return entries
 
 
-def _write_state(path: Path, own: Sequence[Placed], read: Any) -> FileEntry:
+def _write_state(writer: TensorFileWriter, own: Sequence[Placed], read: PieceReader) -> None:
     """One rank file, piece by piece: nothing is gathered, one piece at a time is on the CPU."""
-    specs = _state_specs(own)
-    with TensorFileWriter(path, specs) as writer:
-        for part, key in zip(own, specs, strict=True):
-            writer.write(key, read(part).cpu().contiguous())
-        return writer.finish()
+    for part, key in zip(own, state_specs(own), strict=True):
+        held = read(part)
+        tensor = held.cpu().contiguous()
+        writer.write(key, tensor, passing=tensor is not held)
 
 
-def _state_specs(own: Sequence[Placed]) -> dict[str, TensorSpec]:
+def state_specs(own: Iterable[Placed]) -> dict[str, TensorSpec]:
+    """The tensors of a rank file."""
     return {tensor_key(p.name, p.kind, p.box): TensorSpec(p.box.shape, torch.float32) for p in own}
 
 
-def _all_entries(peers: Peers, entries: Mapping[str, FileEntry], error: Exception | None) -> dict[str, FileEntry]:
-    """Size and digest of every file of every rank; raises on all ranks when one has failed."""
-    peers.raise_together(error, "writing the checkpoint")
+def _all_entries(peers: Peers, entries: Mapping[str, FileEntry]) -> dict[str, FileEntry]:
+    """Size and digests of every file of every rank."""
     said = peers.all_gather(entries)
     return {name: FileEntry(size, tuple(chunks)) for other in said for name, (size, chunks) in sorted(other.items())}
 
 
-def _manifest(plan: _Plan, files: Mapping[str, FileEntry]) -> Manifest:
-    starts: dict[int, dict[str, int]] = {}
-    for rank in sorted({part.rank for part in plan.placed}):
-        starts[rank] = offsets(_state_specs([part for part in plan.placed if part.rank == rank]))
-    state: dict[str, dict[str, list[Stored]]] = {}
+def _manifest(plan: SavePlan, files: Mapping[str, FileEntry]) -> Manifest:
+    by_rank: dict[int, list[Placed]] = {}
     for part in plan.placed:
-        offset = starts[part.rank][tensor_key(part.name, part.kind, part.box)]
-        stored = Stored(part.box, rank_file(part.rank), offset)
-        state.setdefault(part.kind, {}).setdefault(part.name, []).append(stored)
-    shapes = {name: tuple(shape) for name, shape in plan.contents.shapes.items()}
-    placed = {kind: {name: tuple(found) for name, found in tensors.items()} for kind, tensors in state.items()}
-    return Manifest(plan.contents.step, plan.contents.record, files, shapes, placed)
-
-
-def _commit(temporary: Path, final: Path, manifest: Manifest) -> None:
-    """The manifest, everything to the disk, then the one rename that makes it a checkpoint."""
-    write_bytes(temporary / MANIFEST, dump_manifest(manifest))
-    sync_directory(temporary / TRAINER)
-    sync_directory(temporary)
-    if final.exists():
-        # it did not verify when this save began; kept for whoever wants to know why
-        final.rename(final.with_name(temporary.name.replace(".tmp-", ".damaged-")))
-    temporary.rename(final)
-    sync_directory(final.parent)
+        by_rank.setdefault(part.rank, []).append(part)
+    state: dict[str, dict[str, list[Stored]]] = {}
+    for rank, own in sorted(by_rank.items()):
+        starts = offsets(state_specs(own))
+        for part in own:
+            stored = Stored(part.box, rank_file(rank), starts[tensor_key(part.name, part.kind, part.box)])
+            state.setdefault(part.kind, {}).setdefault(part.name, []).append(stored)
+    placed = {kind: {name: tuple(sorted(found)) for name, found in tensors.items()} for kind, tensors in state.items()}
+    return Manifest(plan.step, plan.record, files, dict(plan.shapes), placed)

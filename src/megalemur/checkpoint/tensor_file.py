@@ -5,7 +5,6 @@ gathered tensors must cost one tensor. The format: a length (8 bytes, little-end
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -13,10 +12,14 @@ from typing import NamedTuple
 
 import torch
 
+from megalemur.checkpoint import disk
 from megalemur.checkpoint.digests import ChunkDigester, FileEntry, entry_of
 
-# Large tensors pass through; norms and the like are collected into writes that parallel file systems like.
-_BUFFER_BYTES = 8 << 20
+WRITE_BYTES = 8 << 20
+"""Bytes of one write, but for the last of a file: parallel file systems want 4 MiB and more."""
+
+_START_BYTES = 32 << 20
+"""The disk begins with so many bytes at a time while more are written."""
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
@@ -35,16 +38,19 @@ class TensorSpec(NamedTuple):
 
 
 class TensorFileWriter:
-    """A safetensors file in the making: create it with all specs, `write` every tensor in their order, `close`.
+    """A safetensors file in the making: create it with all specs, `write` every tensor in their order, `finish`.
 
     As a context manager it closes the file; a file that was not written to its end has no entry and must not be used.
+    No byte is copied: tensors wait as they are until WRITE_BYTES have come together.
     """
 
     def __init__(self, path: Path, specs: Mapping[str, TensorSpec]):
         self._waiting = dict(specs)
         self._digest = ChunkDigester()
-        self._file = path.open("xb", buffering=_BUFFER_BYTES)
-        self._put(_header(specs))
+        self._parts: list[memoryview] = []
+        self._part_bytes = self._written = self._started = 0
+        self._file = disk.create(path)
+        self._put(memoryview(_header(specs)))
 
     def __enter__(self) -> "TensorFileWriter":
         return self
@@ -52,26 +58,55 @@ class TensorFileWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._file.close()
+        self._parts.clear()
+        disk.close(self._file)
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Append the next tensor: on CPU, contiguous, as its spec says."""
+    def write(self, name: str, tensor: torch.Tensor, *, passing: bool = False) -> None:
+        """Append the next tensor: on CPU, contiguous, as its spec says.
+
+        Args:
+            name: of the tensor.
+            tensor: must keep its values until the last one has been written.
+            passing: nobody else holds the tensor. What waits of it is copied, so that the rest of its memory goes: two
+                gathered tensors are never held at once.
+        """
         expected = next(iter(self._waiting))
         assert name == expected, f"{name} written where the header has {expected}"
         spec = self._waiting.pop(name)
         assert (tuple(tensor.shape), tensor.dtype) == spec and tensor.is_contiguous()
-        self._put(tensor.view(-1).view(torch.uint8).numpy().data)
+        self._put(tensor.view(-1).view(torch.uint8).numpy().data, copy_rest=passing)
+        if not self._waiting:
+            self._flush()
 
     def finish(self) -> FileEntry:
         """Bring the file to the disk; its size and digests."""
         assert not self._waiting, f"{len(self._waiting)} tensors were announced and not written"
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._flush()  # a file without tensors has its header
+        disk.sync(self._file)
         return self._digest.entry()
 
-    def _put(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
-        self._digest.update(data)
+    def _put(self, data: memoryview, *, copy_rest: bool = False) -> None:
+        while data:
+            part = data[: WRITE_BYTES - self._part_bytes]
+            data = data[len(part) :]
+            waits = self._part_bytes + len(part) < WRITE_BYTES
+            self._parts.append(memoryview(bytes(part)) if copy_rest and waits else part)
+            self._part_bytes += len(part)
+            if self._part_bytes == WRITE_BYTES:
+                self._flush()
+
+    def _flush(self) -> None:
+        # digested right before they are written: the second reader finds them in the processor's cache
+        for part in self._parts:
+            self._digest.update(part)
+        if self._parts:
+            disk.write(self._file, self._parts)
+        self._written += self._part_bytes
+        self._parts.clear()
+        self._part_bytes = 0
+        if self._written - self._started >= _START_BYTES:
+            disk.start_writing(self._file, self._started, self._written - self._started)
+            self._started = self._written
 
 
 def file_order(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
@@ -81,10 +116,12 @@ def file_order(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
 
 def write_bytes(path: Path, data: bytes) -> FileEntry:
     """Write a small file and bring it to the disk."""
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    file = disk.create(path)
+    try:
+        disk.write(file, [data])
+        disk.sync(file)
+    finally:
+        disk.close(file)
     return entry_of(data)
 
 

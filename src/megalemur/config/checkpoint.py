@@ -18,11 +18,27 @@ class CheckpointConfig(Section):
     and then its fp32 masters are taken. Unset: from scratch."""
     save_every: NonNegativeInt = 0
     """Steps between checkpoints; 0: only at the end."""
+    asynchronous: bool = True
+    """Copy the state to host memory (12 bytes a parameter, over all ranks; `megalemur show-config` prints a rank's
+    share) and write it while training goes on. false: training stands still until the checkpoint is on the disk."""
     keep: NonNegativeInt = 0
-    """Newest checkpoints to keep; older ones are deleted after a newer commit. 0 keeps all."""
+    """Newest checkpoints to keep; older ones are deleted once a newer one was read back. 0 keeps all."""
+    keep_every: NonNegativeInt = 0
+    """Checkpoints of every so many steps stay for good, whatever `keep` says; 0: none."""
+    keep_weights_every: NonNegativeInt = 0
+    """Checkpoints of every so many steps keep their Hugging Face weights for good and lose masters and moments (six
+    sevenths of the bytes) once `keep` newer ones stand; 0: none. Nothing can be resumed from one of these."""
+    read_back: bool = True
+    """Read each checkpoint back from the disk after its commit and compare every byte; one that differs is set aside
+    and counts as a failed save. Reads as much as was written. false: nothing is ever deleted."""
+    max_failed_saves: PositiveInt = 3
+    """Saves that fail in a row, after which the run stops; training goes on after each before that."""
     export_dtype: Literal["source", "fp32", "bf16", "fp16"] = "source"
     """Width of the Hugging Face weights. source: that of start_from; the compute precision from scratch."""
     max_file_bytes: PositiveInt = 10_000_000_000
     """Largest Hugging Face weight file, in bytes; a larger tensor gets a file of its own."""
+    weight_files: NonNegativeInt = 0
+    """Hugging Face weight files at least, as near as whole tensors allow: each is written by one rank. 0: one a rank,
+    as long as a file holds 64 MiB."""
     allow_changes: tuple[Literal["backend", "optimizer", "versions"], ...] = ()
     """Differences from the checkpoint's record that a resume accepts; every other one is an error."""

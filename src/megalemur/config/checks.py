@@ -210,6 +210,29 @@ def watchdog_before_collectives(run: Any, watchdog: Any) -> Problems:
         )
 
 
+def retention_has_effect(checkpoint: Any) -> Problems:
+    """What is to stay is saved in the first place, and nothing goes that was not read back."""
+    keep, whole, weights = checkpoint.keep, checkpoint.keep_every, checkpoint.keep_weights_every
+    for name, every in (("keep_every", whole), ("keep_weights_every", weights)):
+        if every and not keep:
+            yield f"checkpoint.{name}={every} has no effect with checkpoint.keep=0, which keeps all; leave it out"
+        elif every and (not checkpoint.save_every or every % checkpoint.save_every):
+            yield (
+                f"checkpoint.{name}={every} is no multiple of checkpoint.save_every={checkpoint.save_every}, so those "
+                "steps are not saved; use a multiple of it"
+            )
+    if whole and weights and weights % whole == 0:
+        yield (
+            f"checkpoint.keep_weights_every={weights} has no effect: checkpoint.keep_every={whole} keeps all of those "
+            "whole; leave one of them out"
+        )
+    if keep and not checkpoint.read_back:
+        yield (
+            f"checkpoint.keep={keep} has no effect with checkpoint.read_back=false: nothing is deleted before a newer "
+            "checkpoint was read back; use checkpoint.keep=0 or checkpoint.read_back=true"
+        )
+
+
 CHECKS: tuple[Callable[..., Problems], ...] = (
     attention_shape,
     layers_over_stages,
@@ -224,6 +247,7 @@ CHECKS: tuple[Callable[..., Problems], ...] = (
     schedule_within_run,
     sources_named_once,
     watchdog_before_collectives,
+    retention_has_effect,
 )
 
 

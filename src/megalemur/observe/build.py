@@ -1,7 +1,7 @@
 """Chooses the observers of a run from its config."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import rich
@@ -21,7 +21,13 @@ from megalemur.observe.throughput import flops_per_token, known_peak_teraflops
 
 
 def build_observers(
-    config: RunConfig, *, rank: int, label: str, first_step: int, epoch_samples: Mapping[str, int] | None = None
+    config: RunConfig,
+    *,
+    rank: int,
+    label: str,
+    first_step: int,
+    epoch_samples: Mapping[str, int] | None = None,
+    standing: Callable[[], int] = int,
 ) -> list[Observer]:
     """The observers of this rank, in the order in which they are to be called. Rank 0 prints the banner here.
 
@@ -31,6 +37,7 @@ def build_observers(
         label: coordinates of this process, as `tp1 pp0 dp3`; part of file names.
         first_step: steps taken already; above 0 the run is a resumed one.
         epoch_samples: samples in one epoch of each source, to report epochs.
+        standing: step of the newest checkpoint that stands, 0 for none.
     """
     log = config.log
     file_name = f"rank-{rank:05d}-{label.replace(' ', '-')}"
@@ -42,7 +49,7 @@ def build_observers(
         observers.append(MemorySnapshot(log.directory / "memory" / f"{file_name}.pickle"))
     progress = os.environ.get("MEGALEMUR_PROGRESS")  # the batch script's: it is no part of the run
     if rank == 0 and progress:
-        observers.append(Progress(Path(progress), first_step))
+        observers.append(Progress(Path(progress), standing))
     if rank == 0:
         meter = Meter(build_work(config, epoch_samples or {}), device_facts=cuda_memory)
         sinks = build_sinks(config, first_step=first_step)

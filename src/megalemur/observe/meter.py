@@ -39,6 +39,7 @@ class _Window:
     seconds: float = 0.0
     data_seconds: float = 0.0
     save_seconds: float = 0.0
+    save_write_seconds: float = 0.0
 
 
 class Meter:
@@ -61,7 +62,7 @@ class Meter:
         self._work = work
         self._device_facts, self._clock = device_facts, clock
         self._window = _Window()
-        self._skipped_steps = 0
+        self._skipped_steps = self._failed_saves = 0
         self._settled: tuple[int, float] | None = None
 
     def add(self, report: StepReport) -> None:
@@ -73,7 +74,9 @@ class Meter:
         window.tokens += report.tokens
         window.seconds += report.seconds
         window.data_seconds += report.data_seconds
+        window.save_write_seconds += report.save_write_seconds
         self._skipped_steps += report.skipped
+        self._failed_saves += report.failed_saves
 
     def add_save(self, seconds: float) -> None:
         """Count the time for which training stood still to save."""
@@ -83,7 +86,8 @@ class Meter:
         """Everything about the last step that was added and the window since the last record.
 
         Rates are those of the window's steps; validation and saving are left out of them and part of `eta_seconds`.
-        `data_seconds` and `save_seconds` are sums over the window; `skipped_steps` counts from the process' start.
+        `data_seconds`, `save_seconds` (training stood still) and `save_write_seconds` (saves from beginning to end) are
+        sums over the window; `skipped_steps` and `failed_saves` count from the process' start.
         """
         window, self._window = self._window, _Window()
         record: Record = {
@@ -106,6 +110,10 @@ class Meter:
         }
         if window.save_seconds:
             record["save_seconds"] = window.save_seconds
+        if window.save_write_seconds:
+            record["save_write_seconds"] = window.save_write_seconds
+        if self._failed_saves:
+            record["failed_saves"] = self._failed_saves
         return record
 
     def _rates(self, window: _Window) -> Record:

@@ -35,6 +35,10 @@ class StepReport:
     """Samples drawn from each source since the beginning; empty on steps that are not logged."""
     validation: Mapping[str, float] = field(default_factory=dict)
     """Validation loss by source, on steps that validate."""
+    save_write_seconds: float = 0.0
+    """Seconds, from beginning to end, of the saves that ended since the step before: most of it in the background."""
+    failed_saves: int = 0
+    """Saves that failed since the step before."""
 
 
 class Observer(Protocol):
@@ -44,7 +48,7 @@ class Observer(Protocol):
         """A step is done."""
 
     def at_save(self, step: int, path: Path, seconds: float) -> None:
-        """A checkpoint was committed; `seconds` is how long training stood still."""
+        """A save was begun, and training stood still for `seconds`; `path` may be written in the background yet."""
 
     def at_end(self) -> None:
         """The run ends, with or without an error."""

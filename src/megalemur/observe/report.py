@@ -9,6 +9,7 @@ from rich.table import Table
 
 from megalemur.config.layers import stage_layers
 from megalemur.config.run import RunConfig
+from megalemur.config.state_bytes import share_bytes
 from megalemur.observe.meter import Record
 from megalemur.observe.throughput import flops_per_token
 
@@ -69,7 +70,16 @@ def facts(config: RunConfig) -> list[tuple[str, str]]:
             "FLOPs a token",
             f"{short(flops.full_attention)} full attention, {short(flops.causal_attention)} causal, no recompute",
         ),
+        ("saves", _saves(config)),
     ]
+
+
+def _saves(config: RunConfig) -> str:
+    """How training is held up by a save, and what that costs."""
+    if not config.checkpoint.asynchronous:
+        return "training stands still until each is on the disk"
+    share = share_bytes(config.model, config.parallel)
+    return f"in the background, from a copy of {share:,} bytes ({share / 2**30:.3g} GiB) of host memory a process"
 
 
 def _layout(config: RunConfig) -> str:

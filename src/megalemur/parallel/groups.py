@@ -12,6 +12,9 @@ from megatron.core import parallel_state
 from megalemur.config.parallel import ParallelConfig
 from megalemur.parallel.device import collective_backend, device_of, has_gpu, open_seam
 
+_SAVER_SECONDS = 3600.0
+"""How long one rank of a save may wait for another's disk."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -24,7 +27,9 @@ class Place:
     dp_rank: int
     device: torch.device
     cpu_group: dist.ProcessGroup
-    """All ranks, for CPU tensors: checkpoint traffic and small agreements."""
+    """All ranks, for CPU tensors: small agreements, and the traffic of a load."""
+    saver_group: dist.ProcessGroup
+    """All ranks, for CPU tensors, once more: a save in the background must not meet the agreements of the steps."""
 
     @property
     def label(self) -> str:
@@ -117,10 +122,12 @@ def join(parallel: ParallelConfig, *, timeout_seconds: float) -> Place:
         )
     cpu_group = dist.new_group(backend="gloo", timeout=timeout) if has_gpu() else dist.group.WORLD
     assert cpu_group is not None
-    return place_of(device, cpu_group)
+    # a slow file system is no hang: while a save waits for it, the steps go on and have their own limit
+    saver_timeout = timedelta(seconds=max(timeout_seconds, _SAVER_SECONDS))
+    return place_of(device, cpu_group, dist.new_group(backend="gloo", timeout=saver_timeout))
 
 
-def place_of(device: torch.device, cpu_group: dist.ProcessGroup) -> Place:
+def place_of(device: torch.device, cpu_group: dist.ProcessGroup, saver_group: dist.ProcessGroup) -> Place:
     """The Place of this process in groups that exist already."""
     return Place(
         rank=dist.get_rank(),
@@ -130,6 +137,7 @@ def place_of(device: torch.device, cpu_group: dist.ProcessGroup) -> Place:
         dp_rank=parallel_state.get_data_parallel_rank(),
         device=device,
         cpu_group=cpu_group,
+        saver_group=saver_group,
     )
 
 

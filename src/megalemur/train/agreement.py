@@ -1,5 +1,6 @@
 """What all ranks must know before a step that one of them alone cannot know: a signal, its deadline, a batch that
-cannot be read."""
+cannot be read, a background save that was one failure too many.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,6 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from megalemur.checkpoint.errors import CheckpointError
 from megalemur.data.batches import Batch
 from megalemur.data.errors import DataError
 from megalemur.parallel.groups import Place
@@ -28,16 +30,28 @@ def draw(read: Callable[[], list[Batch]]) -> Drawn:
         return Drawn([], error)
 
 
-def agree(place: Place, stop: StopRequest, drawn: Drawn) -> bool:
-    """Whether any rank was asked to stop. A collective of two bytes, over the host.
+def agree(place: Place, stop: StopRequest, drawn: Drawn, *, saves_exhausted: bool = False) -> bool:
+    """Whether any rank was asked to stop. A collective of three bytes, over the host.
+
+    Args:
+        place: of this rank.
+        stop: what it was asked.
+        drawn: its batches.
+        saves_exhausted: too many saves in a row have failed; every rank's have, but some may know it a step later.
 
     Raises:
         DataError or what `drawn` holds: on every rank, when one of them could not read its batches.
+        CheckpointError: on every rank, when one of them knows that too many saves have failed.
     """
-    flags = torch.tensor([stop.heard, drawn.error is not None], dtype=torch.uint8)
+    flags = torch.tensor([stop.heard, drawn.error is not None, saves_exhausted], dtype=torch.uint8)
     dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=place.cpu_group)
     if drawn.error is not None:
         raise drawn.error
     if flags[1]:
         raise DataError("another rank could not read its batches; its log says which file and why")
+    if flags[2]:
+        raise CheckpointError(
+            "the last saves in a row have all failed (checkpoint.max_failed_saves); the log says how. Mend the file "
+            "system and start again: the run goes on from its newest checkpoint"
+        )
     return bool(flags[0])

@@ -11,7 +11,7 @@ from megalemur.supervise.pulse import Section
 from megalemur.train.agreement import StopRequest, agree, draw
 from megalemur.train.evaluate import validate
 from megalemur.train.guard import Verdict
-from megalemur.train.saving import save_run
+from megalemur.train.saving import begin_save, finish_save, prepare_saving, saves_ended
 from megalemur.train.setup import Run
 from megalemur.train.step import StepResult, train_step
 
@@ -23,8 +23,9 @@ def run_loop(run: Run, observers: Sequence[Observer], stop: StopRequest) -> bool
     """
     config, state = run.config, run.state
     stopped = False
-    saved = state.step if run.origin.resumed else None
-    with closing(run.data.training.prefetched(state.samples, run.portion)) as feed:  # ends the thread that reads ahead
+    prepare_saving(run)
+    feed = run.data.training.prefetched(state.samples, run.portion)
+    with closing(feed), closing(run.saver):  # ends the thread that reads ahead, and waits for a save in flight
         while state.step < config.last_step:
             run.pulse.step(state.step)
             seed_step(config.run.seed, state.step, run.place.pp_rank, run.place.dp_rank)
@@ -32,7 +33,7 @@ def run_loop(run: Run, observers: Sequence[Observer], stop: StopRequest) -> bool
             started = time.monotonic()
             drawn = draw(feed.__next__)
             waited = time.monotonic() - started
-            stopped = agree(run.place, stop, drawn)
+            stopped = agree(run.place, stop, drawn, saves_exhausted=run.saver.exhausted)
             if stopped:
                 break
             rate = learning_rate(state.step, config.optim, config.schedule, config.run.steps)
@@ -42,9 +43,10 @@ def run_loop(run: Run, observers: Sequence[Observer], stop: StopRequest) -> bool
             report(run, observers, result, rate=rate, waited=waited, seconds=seconds)
             if due(state.step, config.checkpoint.save_every):
                 save(run, observers)
-                saved = state.step
-    if saved != state.step:
+        run.pulse.enter(Section.SAVE)  # waiting for one in flight is no step that hangs
+    if run.saver.saved_step != state.step:
         save(run, observers)
+        finish_save(run)
     return stopped
 
 
@@ -74,6 +76,7 @@ def report(
     if due(state.step, every) or (every and last):
         with run.pulse.during(Section.VALIDATION, state.step):
             losses = validate(run)
+    ended = saves_ended(run)
     logged = due(state.step, config.log.every) or bool(losses) or last
     told = StepReport(
         step=state.step,
@@ -88,15 +91,17 @@ def report(
         rank_seconds=run.clock.everywhere(run.place) if logged else (),
         ledger=run.data.training.ledger(state.samples) if logged else {},
         validation=losses,
+        save_write_seconds=ended.seconds,
+        failed_saves=ended.failed,
     )
     for observer in observers:
         observer.after_step(told)
 
 
 def save(run: Run, observers: Sequence[Observer]) -> None:
-    """Save and tell the observers how long training stood still."""
+    """Begin a save and tell the observers how long training stood still."""
     started = time.monotonic()
     with run.pulse.during(Section.SAVE, run.state.step):
-        path = save_run(run)
+        path = begin_save(run)
     for observer in observers:
         observer.at_save(run.state.step, path, time.monotonic() - started)

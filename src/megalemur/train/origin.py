@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megalemur.checkpoint.directory import open_manifest
 from megalemur.checkpoint.load import load_pieces, refuse_table
 from megalemur.checkpoint.manifest import MANIFEST
 from megalemur.checkpoint.read import CheckpointReader, HuggingFaceReader, TensorReader
@@ -78,7 +79,8 @@ def find_origin(config: RunConfig, newest: Path | None) -> Origin:
         return Origin(None, False, None, _export_dtypes(config, shapes, None), _tokenizer_files(config))
     hf = read_hf_config(path)
     check_model_matches(config.model, hf)
-    native = (path / MANIFEST).exists()
+    # one that has kept its weights only is what any Hugging Face directory is
+    native = (path / MANIFEST).exists() and not open_manifest(path).dropped
     weights = HuggingFaceReader(path, derived=DERIVED_TENSORS)
     reader: TensorReader = CheckpointReader(path) if native else weights
     refuse_table(reader, shapes)

@@ -72,6 +72,7 @@ def _train(config: RunConfig, place: Place, stop: StopRequest, pulse: Pulse) -> 
         label=place.label,
         first_step=run.state.step,
         epoch_samples={s.config.name: s.samples.samples_per_epoch for s in run.data.training.sources.values()},
+        standing=lambda: run.saver.saved_step or 0,
     )
     try:
         stopped = run_loop(run, observers, stop)

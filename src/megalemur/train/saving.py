@@ -1,12 +1,11 @@
-"""A checkpoint of the run as it stands."""
+"""A checkpoint of the run as it stands: begun, waited for, reported."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from megalemur.checkpoint.directory import prune
-from megalemur.checkpoint.save import Contents, save_checkpoint
+from megalemur.checkpoint.save import Contents
 from megalemur.config.load import dump_run
 from megalemur.model.hf_config import generation_config_json, hf_config_json
 from megalemur.model.names import hf_shapes
@@ -50,15 +49,53 @@ def _trainer_state(run: Run) -> dict[str, Any]:
     }
 
 
+def prepare_saving(run: Run) -> None:
+    """Make room for the copies of background saves, before anything is trained. A collective.
+
+    Raises:
+        CheckpointError: on every rank alike: too little memory, or a state that cannot be saved.
+    """
+    run.saver.prepare(contents_of(run))
+
+
+def begin_save(run: Run) -> Path:
+    """Save, in the background where the run file says so; where the checkpoint will stand. A collective.
+
+    A save that fails is reported by `saves_ended`; training goes on.
+    """
+    return run.saver.save(contents_of(run))
+
+
 def save_run(run: Run) -> Path:
-    """Save, then delete what retention no longer wants. A collective.
+    """Save and wait until the checkpoint stands. A collective.
 
     Raises:
         CheckpointError: on every rank alike.
     """
-    settings = run.config.checkpoint
-    group = run.place.cpu_group if run.place.world_size > 1 else None
-    path = save_checkpoint(settings.directory, contents_of(run), group=group, max_file_bytes=settings.max_file_bytes)
-    if run.place.rank == 0:
-        prune(settings.directory, settings.keep)
+    path = begin_save(run)
+    finish_save(run)
     return path
+
+
+def finish_save(run: Run) -> None:
+    """Wait until the checkpoint of the last `begin_save` stands. A collective.
+
+    Raises:
+        CheckpointError: on every rank alike: it does not.
+    """
+    run.saver.wait()
+    run.saver.raise_last()
+
+
+class SavesEnded(NamedTuple):
+    """The saves that ended since the last step, as this rank saw it."""
+
+    seconds: float
+    """Their time from beginning to end, most of it in the background."""
+    failed: int
+
+
+def saves_ended(run: Run) -> SavesEnded:
+    """Of this rank, since the last call."""
+    ended = run.saver.ended()
+    return SavesEnded(sum(save.seconds for save in ended), sum(save.error is not None for save in ended))

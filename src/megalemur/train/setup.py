@@ -10,6 +10,7 @@ import torch
 
 from megalemur.checkpoint.directory import newest_checkpoint
 from megalemur.checkpoint.load import agree_on_newest
+from megalemur.checkpoint.saver import Saver
 from megalemur.config.run import RunConfig
 from megalemur.data.batches import Portion
 from megalemur.data.feed import Data, build_data
@@ -46,6 +47,7 @@ class Run:
     record: dict[str, Any]
     """Facts about this run, as its checkpoints carry them."""
     clock: ReadyClock
+    saver: Saver
     pulse: Pulse = field(default_factory=Pulse)
     """Tells this rank's supervisor, where there is one, what the rank is doing."""
 
@@ -90,7 +92,8 @@ def build_run(config: RunConfig, place: Place) -> Run:
         shape=build_shape(config),
         place=place,
     )
-    run = Run(config, place, engine, data, state, origin, segments, record, clock)
+    saver = build_saver(config, place, origin)
+    run = Run(config, place, engine, data, state, origin, segments, record, clock, saver)
     fill_pieces(origin, config, run.pieces(), place.cpu_group)
     optimizer.publish(state.updates)
     return run
@@ -130,6 +133,13 @@ def build_run_data(config: RunConfig, state: RunState, history: History | None) 
         history=history,
         drawn=state.samples,
     )
+
+
+def build_saver(config: RunConfig, place: Place, origin: Origin) -> Saver:
+    """What writes this run's checkpoints."""
+    group = place.saver_group if place.world_size > 1 else None
+    resumed_from = origin.reader.path if origin.resumed and origin.reader is not None else None
+    return Saver(config.checkpoint, group, resumed_from=resumed_from)
 
 
 def build_forward(config: RunConfig, place: Place, backend: str) -> ForwardStep:

@@ -1,12 +1,13 @@
-"""Which checkpoints are believed, and which may go."""
+"""Which checkpoints are believed."""
 
 import os
 from pathlib import Path
 
 import pytest
 
-from megalemur.checkpoint.directory import newest_checkpoint, prune, verify_checkpoint
+from megalemur.checkpoint.directory import newest_checkpoint, open_manifest, verify_checkpoint
 from megalemur.checkpoint.errors import DamagedCheckpoint, NoGoodCheckpoint
+from megalemur.checkpoint.manifest import dump_manifest, without_trainer
 from megalemur.checkpoint.save import save_checkpoint
 from tests.unit.checkpoint.synthetic import contents, whole_pieces
 
@@ -80,23 +81,25 @@ def test_verifying_reads_every_byte_of_every_file(tmp_path: Path) -> None:
     assert verify_checkpoint(path).step == 1
 
 
-def test_pruning_keeps_the_newest_good_ones(tmp_path: Path) -> None:
-    paths = save(tmp_path, 1, 2, 3, 4, 5)
-    assert prune(tmp_path, 0) == []
-    assert prune(tmp_path, 2) == [paths[2], paths[1], paths[0]]
-    assert sorted(tmp_path.iterdir()) == paths[3:]
+def test_one_that_was_replaced_counts_only_where_nothing_stands_in_its_place(tmp_path: Path) -> None:
+    old, new = save(tmp_path, 1, 2)
+    replaced = tmp_path / "step_000002.replaced-0a1b2c3d"
+    new.rename(replaced)
+    assert newest_checkpoint(tmp_path) == (replaced, ())
+    save(tmp_path, 2)
+    assert newest_checkpoint(tmp_path) == (new, ())
+    (new / "run.yaml").unlink()
+    assert newest_checkpoint(tmp_path).path == replaced
+    (replaced / "run.yaml").unlink()
+    assert newest_checkpoint(tmp_path).path == old
 
 
-def test_pruning_counts_no_damaged_checkpoint_as_kept(tmp_path: Path) -> None:
-    paths = save(tmp_path, 1, 2, 3, 4)
-    (paths[3] / "run.yaml").unlink()
-    assert prune(tmp_path, 2) == [paths[0]]
-    assert sorted(tmp_path.iterdir()) == paths[1:]
-
-
-def test_pruning_leaves_unfinished_saves_alone(tmp_path: Path) -> None:
-    save(tmp_path, 1, 2)
-    unfinished = tmp_path / "step_000001.tmp-00000000"
-    unfinished.mkdir()
-    prune(tmp_path, 1)
-    assert unfinished.exists()
+def test_weights_alone_are_verified_and_never_resumed_from(tmp_path: Path) -> None:
+    older, newer = save(tmp_path, 1, 2)
+    (newer / "manifest.json").write_bytes(dump_manifest(without_trainer(open_manifest(newer))))
+    assert verify_checkpoint(newer).dropped
+    path, passed_over = newest_checkpoint(tmp_path)
+    assert path == older and "weights only" in passed_over[0].reason
+    (older / "manifest.json").unlink()
+    with pytest.raises(NoGoodCheckpoint, match="weights only"):
+        newest_checkpoint(tmp_path)

@@ -122,12 +122,32 @@ def test_masters_beyond_fp16_are_refused_and_leave_nothing(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_good_checkpoint_of_the_step_is_never_overwritten(tmp_path: Path) -> None:
+def test_a_good_checkpoint_of_the_step_makes_room_for_the_state_of_now(tmp_path: Path) -> None:
     path = save(tmp_path, contents(whole_pieces()))
-    before = (path / "manifest.json").read_bytes()
-    with pytest.raises(CheckpointError, match="already holds a checkpoint of this step"):
-        save(tmp_path, contents(whole_pieces(), state={}))
-    assert (path / "manifest.json").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+    assert save(tmp_path, contents(whole_pieces(), state={"again": 1})) == path
+    assert CheckpointReader(path).state == {"again": 1}
+    (replaced,) = tmp_path.glob("step_000005.replaced-*")
+    assert verify_checkpoint(replaced).step == 5
+
+
+def test_a_kill_while_one_makes_room_leaves_one_to_resume_from(tmp_path: Path) -> None:
+    path = save(tmp_path, contents(whole_pieces()))
+    child = os.fork()
+    if child == 0:
+
+        def kill_at(name: str, arguments: Any) -> None:
+            if name == "os.rename" and ".tmp-" in str(arguments[0]):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        try:
+            sys.addaudithook(kill_at)
+            save(tmp_path, contents(whole_pieces(), state={"again": 1}))
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert not path.exists()
+    found = newest_checkpoint(tmp_path).path
+    assert found is not None and verify_checkpoint(found).step == 5 and CheckpointReader(found).state["step"] == 5
 
 
 def test_a_damaged_checkpoint_of_the_step_is_moved_aside(tmp_path: Path) -> None:

@@ -92,6 +92,19 @@ FIRES = {
         ("data.sources=[]", "data.sources is empty"),
         ("data.validate_every=5", "data.validate_every=5 has no effect without data.validation"),
     ],
+    "retention_has_effect": [
+        ("checkpoint.keep_every=100 checkpoint.save_every=50", "keep_every=100 has no effect with checkpoint.keep=0"),
+        ("checkpoint.keep=2 checkpoint.keep_every=100", "is no multiple of checkpoint.save_every=0"),
+        (
+            "checkpoint.keep=2 checkpoint.keep_weights_every=75 checkpoint.save_every=50",
+            "so those steps are",
+        ),
+        (
+            "checkpoint.keep=2 checkpoint.keep_every=50 checkpoint.keep_weights_every=100 checkpoint.save_every=50",
+            "keep_weights_every=100 has no effect: checkpoint.keep_every=50 keeps all of those whole",
+        ),
+        ("checkpoint.keep=2 checkpoint.read_back=false", "keep=2 has no effect with checkpoint.read_back=false"),
+    ],
 }
 # check -> runs near to those above that nobody objects to
 PASSES = {
@@ -148,6 +161,11 @@ PASSES = {
     "sources_named_once": [
         f"data.sources=[{SOURCE},{{name: b, path: here/a}}]",
         f"data.validation=[{SOURCE}] data.validate_every=5",
+    ],
+    "retention_has_effect": [
+        "checkpoint.keep=2 checkpoint.keep_every=100 checkpoint.keep_weights_every=50 checkpoint.save_every=50",
+        "checkpoint.read_back=false",
+        "checkpoint.keep=2",
     ],
 }
 

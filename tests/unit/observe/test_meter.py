@@ -109,6 +109,16 @@ def test_save_seconds_are_reported_once():
     assert "save_seconds" not in meter.record(report(2))
 
 
+def test_what_background_saves_took_and_how_many_failed_is_reported():
+    meter = Meter(work())
+    meter.add(report(1, save_write_seconds=2.5, failed_saves=1))
+    record = meter.record(report(1))
+    assert record["save_write_seconds"] == 2.5 and record["failed_saves"] == 1
+    meter.add(report(2))
+    record = meter.record(report(2))
+    assert "save_write_seconds" not in record and record["failed_saves"] == 1, "counted over all windows"
+
+
 def test_device_facts_enter_the_record():
     meter = Meter(work(), device_facts=lambda: {"peak_memory_bytes": 7})
     meter.add(report())

@@ -40,6 +40,13 @@ def test_the_banner_says_what_follows_from_the_run_file():
     assert rows["FLOPs a token"].startswith("444.5 B full attention, 428.4 B causal")
 
 
+def test_the_host_memory_of_a_background_save_is_shown():
+    # the last stage: 21 layers, the norm and the head, 12 bytes a parameter over tensor 8 x data 2
+    share = -(-(21 * 855_654_400 + 8192 + 32000 * 8192) // 16) * 12
+    assert f"{share:,} bytes" in dict(facts(parse_run(RUN)))["saves"]
+    assert "stands still" in dict(facts(parse_run(RUN, ["checkpoint.asynchronous=false"])))["saves"]
+
+
 def test_a_pause_is_shown():
     assert dict(facts(parse_run(RUN, ["run.stop_at=40"])))["steps"] == "100, pausing at 40"
 
