@@ -205,6 +205,8 @@ def _check_boxes(name: str, kind: str, manifest: Manifest) -> None:
             raise ValueError(f"{what}: box {box_text(stored.box)} lies outside shape {shape}")
         if not is_trainers(stored.file) or stored.file not in manifest.files:
             raise ValueError(f"{what}: file {stored.file!r} is not in the list of the trainer's files")
+        if stored.offset % ITEM_BYTES:
+            raise ValueError(f"{what}: byte {stored.offset} of {stored.file} is no multiple of {ITEM_BYTES}")
         if stored.offset < 0 or stored.stop > manifest.files[stored.file].size:
             raise ValueError(f"{what}: bytes [{stored.offset}, {stored.stop}) lie outside {stored.file}")
     for one, other in overlapping(boxes):
