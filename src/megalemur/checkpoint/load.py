@@ -1,16 +1,14 @@
-"""Fills the pieces of the state from a reader, and agrees on what to resume.
+"""Fills the pieces of the state of all ranks from a reader.
 
 Compares the whole table of names and shapes, on every rank, before it reads a tensor.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from megalemur.checkpoint.directory import Newest, newest_checkpoint
-from megalemur.checkpoint.errors import CheckpointError, DamagedCheckpoint, NoGoodCheckpoint
+from megalemur.checkpoint.errors import CheckpointError
 from megalemur.checkpoint.exchange import Attempt, Peers
 from megalemur.checkpoint.manifest import box_of_text, box_text
 from megalemur.checkpoint.placement import refuse_problems
@@ -74,7 +72,7 @@ def _gather_claims(
     odd = [rank for rank, other in enumerate(said) if other["files"] != said[0]["files"]]
     if odd:
         raise CheckpointError(f"ranks {odd} see other files in {reader.path} than rank 0; do all mount the same disk?")
-    wanted = []
+    wanted: list[Wanted] = []
     for other in said:
         found: dict[tuple[str, str], list[tuple[int, Box]]] = {}
         for piece, (name, kind, text) in enumerate(other["claims"]):
@@ -111,7 +109,7 @@ def _refuse_pieces(reader: TensorReader, pieces: Sequence[Piece], shapes: Mappin
     if absent:
         raise CheckpointError(
             f"{reader.path} holds {', '.join(sorted(reader.kinds))} and no {', '.join(absent)}; "
-            "name it as checkpoint.start_from of a new run to take its weights alone"
+            "checkpoint.start_from and checkpoint.load=weights begin a new run with its weights alone"
         )
     for piece in pieces:
         if tuple(shapes.get(piece.name, ())) != tuple(piece.shape) or tuple(piece.tensor.shape) != piece.box.shape:
@@ -119,28 +117,3 @@ def _refuse_pieces(reader: TensorReader, pieces: Sequence[Piece], shapes: Mappin
                 f"{piece.name} ({piece.kind}) {box_text(piece.box)} of shape {list(piece.shape)}, held as "
                 f"{list(piece.tensor.shape)}: does not fit the model's shape {list(shapes.get(piece.name, ()))}"
             )
-
-
-def agree_on_newest(root: Path, group: dist.ProcessGroup | None) -> Newest:
-    """`newest_checkpoint`, looked up by rank 0 alone: ranks that looked for themselves could see different ones.
-
-    Raises:
-        NoGoodCheckpoint: on every rank alike.
-        CheckpointError: rank 0 cannot look.
-    """
-    peers = Peers(group)
-    attempt = Attempt()
-    found, hopeless = Newest(None, ()), False
-    if peers.rank == 0:
-        with attempt.step():
-            try:
-                found = newest_checkpoint(root)
-            except NoGoodCheckpoint as error:
-                found, hopeless = Newest(None, error.damaged), True
-    peers.raise_together(attempt.error, f"looking for checkpoints in {root}")
-    damaged = [[str(item.path), item.reason] for item in found.passed_over]
-    name, damaged, hopeless = peers.all_gather([found.path and found.path.name, damaged, hopeless])[0]
-    passed_over = tuple(DamagedCheckpoint(Path(path), reason) for path, reason in damaged)
-    if hopeless:
-        raise NoGoodCheckpoint(root, passed_over)
-    return Newest(root / name if name else None, passed_over)

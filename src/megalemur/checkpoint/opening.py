@@ -44,9 +44,7 @@ class OpenedCheckpoint:
             except OSError as error:
                 raise UnreadableCheckpoint(self.path / name, f"cannot be read: {error.strerror}") from error
             if entry_of(data) != entry:
-                raise DamagedCheckpoint(
-                    self.path / name, "its bytes differ from those that were written (xxh3_128)"
-                )
+                raise DamagedCheckpoint(self.path / name, "its bytes differ from those that were written (xxh3_128)")
             self.held[name] = data
         return self.held[name]
 
@@ -91,6 +89,31 @@ def open_together(path: Path, peers: Peers) -> OpenedCheckpoint:
         shared.append(data[at : at + length])
         at += length
     return _unpack(path, shared)
+
+
+class SmallFiles:
+    """Small files of a directory with a model. What a manifest lists is compared with it; other files may lie there."""
+
+    def __init__(self, path: Path, opened: OpenedCheckpoint | None = None):
+        self._path = path
+        if opened is None and (path / MANIFEST).exists():
+            opened = open_checkpoint(path)
+        self._opened = opened
+
+    def get(self, name: str) -> bytes | None:
+        """The bytes of a file, or None where there is none.
+
+        Raises:
+            DamagedCheckpoint: it is not what was written, or cannot be read.
+        """
+        if self._opened is not None and name in self._opened.manifest.files:
+            return self._opened.file(name)
+        try:
+            return read_plain(self._path / name)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise UnreadableCheckpoint(self._path / name, f"cannot be read: {error.strerror}") from error
 
 
 def _pack(opened: OpenedCheckpoint) -> list[bytes]:

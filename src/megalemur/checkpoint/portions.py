@@ -6,6 +6,7 @@ Every rank computes the same answer from the same files and claims; nothing is n
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,7 +58,7 @@ class StoredFile:
         if self.entry is not None:
             return [self.entry.span(chunk) for chunk in range(len(self.entry.chunks))]
         borders = [0, *(self._border(at) for at in range(grid, self.size, grid)), self.size]
-        return [(a, b) for a, b in zip(borders, borders[1:], strict=False) if a < b]
+        return [(a, b) for a, b in pairwise(borders) if a < b]
 
     def _border(self, at: int) -> int:
         """The last border of an element at or before a byte."""

@@ -15,7 +15,7 @@ import xxhash
 from megalemur.checkpoint.errors import CheckpointError, DamagedCheckpoint, UnreadableCheckpoint
 from megalemur.checkpoint.exchange import Attempt, Peers
 from megalemur.checkpoint.hf_files import INDEX, SINGLE
-from megalemur.checkpoint.manifest import MANIFEST, STATE, Manifest, dump_manifest, is_plain_path, is_trainers
+from megalemur.checkpoint.manifest import MANIFEST, STATE, Manifest, dump_manifest, is_plain_path
 from megalemur.checkpoint.opening import TENSORS, OpenedCheckpoint, open_checkpoint
 from megalemur.checkpoint.portions import Extent, StoredFile
 from megalemur.checkpoint.scatter import Scatter
@@ -89,6 +89,11 @@ class CheckpointReader:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every Hugging Face tensor of the model that was saved."""
         return dict(self.manifest.shapes)
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Width of every tensor in the Hugging Face files."""
+        return accepted_dtypes(_listing(self.path, self.opened.weight_headers()))
 
     @property
     def fingerprint(self) -> str:

@@ -1,6 +1,6 @@
 """The header of a safetensors file, read as strictly as the format is written down. Free of torch.
 
-Refuses duplicate names, gaps, overlaps, sizes that do not fit and headers beyond 100 MB; trusts no number that it reads.
+Refuses duplicate names, gaps, overlaps, sizes that do not fit and headers beyond 100 MB; trusts no number it reads.
 The library's own reader maps the file, and a mapped file that is cut short ends the process instead of the load.
 """
 

@@ -200,6 +200,12 @@ def sources_named_once(data: Any) -> Problems:
         yield f"data.validate_every={data.validate_every} has no effect without data.validation"
 
 
+def load_from_somewhere(checkpoint: Any) -> Problems:
+    """What is to be loaded must be named."""
+    if checkpoint.load is not None and checkpoint.start_from is None:
+        yield f"checkpoint.load={checkpoint.load} has no effect without checkpoint.start_from; leave it out"
+
+
 CHECKS: tuple[Callable[..., Problems], ...] = (
     attention_shape,
     layers_over_stages,
@@ -213,6 +219,7 @@ CHECKS: tuple[Callable[..., Problems], ...] = (
     overlaps,
     schedule_within_run,
     sources_named_once,
+    load_from_somewhere,
 )
 
 

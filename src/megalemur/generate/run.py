@@ -5,13 +5,14 @@ from pathlib import Path
 import torch
 
 from megalemur.checkpoint.load import load_pieces
+from megalemur.checkpoint.opening import SmallFiles
 from megalemur.checkpoint.read import HuggingFaceReader
 from megalemur.config.model import ModelConfig
 from megalemur.config.parallel import ParallelConfig
 from megalemur.config.precision import PrecisionConfig
 from megalemur.generate.sample import Sampling, choose
 from megalemur.generate.tokenizer import load_tokenizer, stop_ids
-from megalemur.model.hf_config import DERIVED_TENSORS, read_hf_config
+from megalemur.model.hf_config import CONFIG_FILE, DERIVED_TENSORS, parse_hf_config
 from megalemur.model.llama import Llama, build_chunks, model_segments
 from megalemur.model.logits import Decoder
 from megalemur.model.names import hf_shapes
@@ -22,7 +23,10 @@ from megalemur.parallel.state import MASTER, Owned, pieces_of
 
 def load_model(checkpoint: Path, precision: PrecisionConfig) -> tuple[Llama, ModelConfig]:
     """The model of a checkpoint or Hugging Face directory, whole, on this process's device. Groups must exist."""
-    hf = read_hf_config(checkpoint)
+    data = SmallFiles(checkpoint).get(CONFIG_FILE)
+    if data is None:
+        raise ValueError(f"{checkpoint} holds no {CONFIG_FILE}")
+    hf = parse_hf_config(data, checkpoint / CONFIG_FILE)
     parallel = ParallelConfig()
     seed_step(0, 0, 0, 0)
     (chunk,) = build_chunks(hf.model, parallel, precision)

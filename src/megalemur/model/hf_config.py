@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megalemur.config.model import ModelConfig, RopeScaling
+from megalemur.config.plain_files import read_plain
 from megalemur.config.strict_json import parse_json, readable_json
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
@@ -74,8 +75,21 @@ def read_hf_config(directory: Path) -> HuggingFaceConfig:
     """
     path = Path(directory) / CONFIG_FILE
     try:
-        original = parse_json(path.read_bytes())
-    except (OSError, ValueError) as error:
+        data = read_plain(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be used: {error}") from None
+    return parse_hf_config(data, path)
+
+
+def parse_hf_config(data: bytes, path: Path) -> HuggingFaceConfig:
+    """The config.json in `data`; `path` is for messages.
+
+    Raises:
+        ValueError: no strict JSON, or a model that this Llama is not; lists every reason.
+    """
+    try:
+        original = parse_json(data)
+    except ValueError as error:
         raise ValueError(f"{path} cannot be used: {error}") from None
     if not isinstance(original, dict):
         raise ValueError(f"{path} cannot be used: it is no JSON object")

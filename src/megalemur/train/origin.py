@@ -11,11 +11,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megalemur.checkpoint.exchange import Peers
 from megalemur.checkpoint.load import load_pieces, refuse_table
 from megalemur.checkpoint.manifest import MANIFEST
+from megalemur.checkpoint.opening import SmallFiles, open_together
 from megalemur.checkpoint.read import CheckpointReader, HuggingFaceReader, TensorReader
 from megalemur.config.run import RunConfig
-from megalemur.model.hf_config import DERIVED_TENSORS, check_model_matches, read_hf_config
+from megalemur.model.hf_config import (
+    CONFIG_FILE,
+    DERIVED_TENSORS,
+    HuggingFaceConfig,
+    check_model_matches,
+    parse_hf_config,
+    read_hf_config,
+)
 from megalemur.model.initial import InitialWeights
 from megalemur.model.names import hf_shapes
 from megalemur.parallel.state import MASTER, Piece
@@ -37,7 +46,7 @@ class Origin:
     reader: TensorReader | None
     """None: from scratch."""
     resumed: bool
-    """The reader is a checkpoint of this run: moments, step and data position count too."""
+    """The reader's run is gone on with: moments, step and data position count too."""
     hf_config: Mapping[str, Any] | None
     """Keys of the config.json that the model came from."""
     dtypes: Mapping[str, torch.dtype]
@@ -62,32 +71,78 @@ class Origin:
         return f"{'resuming' if self.resumed else 'starting from'} {self.reader.path}"
 
 
-def find_origin(config: RunConfig, newest: Path | None) -> Origin:
+def find_origin(config: RunConfig, newest: CheckpointReader | None, peers: Peers | None = None) -> Origin:
     """The newest checkpoint of the run, else `checkpoint.start_from`, else nothing. Reads headers and small files.
 
     Args:
         config: the run.
         newest: its newest checkpoint that verifies.
+        peers: all ranks; a collective. None: this process alone.
 
     Raises:
         ValueError, CheckpointError: something is there that does not fit the run file.
     """
-    path = newest or config.checkpoint.start_from
-    shapes = hf_shapes(config.model)
+    path = newest.path if newest is not None else config.checkpoint.start_from
     if path is None:
+        shapes = hf_shapes(config.model)
         return Origin(None, False, None, _export_dtypes(config, shapes, None), _tokenizer_files(config))
+    if newest is not None:
+        return _native_origin(config, newest, resumed=True)
+    peers = peers or Peers(None)
+    if not peers.all_gather((path / MANIFEST).exists())[0]:
+        return _foreign_origin(config, path)
+    reader = CheckpointReader(path, opened=open_together(path, peers))
+    return _native_origin(config, reader, resumed=_takes_all(config, reader))
+
+
+def _takes_all(config: RunConfig, reader: CheckpointReader) -> bool:
+    """Whether the run found in checkpoint.start_from is gone on with; refuses to guess."""
+    load, there = config.checkpoint.load, f"checkpoint.start_from={reader.path}"
+    if reader.manifest.dropped and load == "all":
+        raise ValueError(
+            f"{there} has lost its trainer/ to retention; use checkpoint.load=weights, or a later checkpoint"
+        )
+    if not reader.manifest.dropped and load is None:
+        raise ValueError(
+            f"{there} holds the moments and counters of step {reader.manifest.step}; write checkpoint.load=weights to "
+            "begin a new run at step 0 with its fp32 masters alone, or checkpoint.load=all to go on with that run"
+        )
+    return load == "all"
+
+
+def _native_origin(config: RunConfig, reader: CheckpointReader, *, resumed: bool) -> Origin:
+    where = reader.path / CONFIG_FILE
+    hf = parse_hf_config(reader.file(CONFIG_FILE), where)
+    return _origin(config, reader, hf, SmallFiles(reader.path, reader.opened), resumed=resumed)
+
+
+def _foreign_origin(config: RunConfig, path: Path) -> Origin:
     hf = read_hf_config(path)
+    if config.checkpoint.load == "all":
+        raise ValueError(
+            f"checkpoint.load=all wants a checkpoint of megalemur, and checkpoint.start_from={path} is a Hugging Face "
+            "directory without moments; use checkpoint.load=weights, or leave it out"
+        )
+    return _origin(config, HuggingFaceReader(path, derived=DERIVED_TENSORS), hf, SmallFiles(path), resumed=False)
+
+
+def _origin(
+    config: RunConfig,
+    reader: CheckpointReader | HuggingFaceReader,
+    hf: HuggingFaceConfig,
+    small: SmallFiles,
+    *,
+    resumed: bool,
+) -> Origin:
+    shapes = hf_shapes(config.model)
     check_model_matches(config.model, hf)
-    native = (path / MANIFEST).exists()
-    weights = HuggingFaceReader(path, derived=DERIVED_TENSORS)
-    reader: TensorReader = CheckpointReader(path) if native else weights
     refuse_table(reader, shapes)
-    files = {name: (path / name).read_bytes() for name in _KEPT if (path / name).is_file()}
+    files = {name: data for name in _KEPT if (data := small.get(name)) is not None}
     return Origin(
         reader,
-        resumed=newest is not None,
+        resumed=resumed,
         hf_config=hf.original,
-        dtypes=_export_dtypes(config, shapes, weights.dtypes),
+        dtypes=_export_dtypes(config, shapes, reader.dtypes),
         files={**files, **_tokenizer_files(config)},
     )
 
