@@ -16,6 +16,7 @@ from megalemur.config.plain_files import read_plain
 from megalemur.config.strict_json import canonical_json, parse_json
 
 TENSORS = ".safetensors"
+_WIDTHS = ("F32", "BF16", "F16")
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,9 +58,15 @@ class OpenedCheckpoint:
         for name in self.manifest.files:
             if name.endswith(TENSORS) and not is_trainers(name) and name not in self._headers:
                 self._headers[name] = read_header(self.path / name, follow_links=False)
-        found = {name: entry.shape for header in self._headers.values() for name, entry in header.tensors.items()}
-        if found != self.manifest.shapes or len(found) != sum(len(h.tensors) for h in self._headers.values()):
-            raise DamagedCheckpoint(self.path / MANIFEST, "it and the weight files list different tensors or shapes")
+        shapes, seen = self.manifest.shapes, set[str]()
+        for file, header in self._headers.items():
+            for name, entry in header.tensors.items():
+                if shapes.get(name) != entry.shape or name in seen or entry.dtype not in _WIDTHS:
+                    what = f"{name!r} {entry.dtype} {list(entry.shape)}"
+                    raise DamagedCheckpoint(self.path / file, f"{what} is not what the manifest lists")
+                seen.add(name)
+        if len(seen) != len(shapes):
+            raise DamagedCheckpoint(self.path / MANIFEST, f"lists {len(shapes)} tensors, the weight files {len(seen)}")
         return dict(self._headers)
 
 

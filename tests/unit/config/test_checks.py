@@ -88,6 +88,10 @@ FIRES = {
         ("data.sources=[]", "data.sources is empty"),
         ("data.validate_every=5", "data.validate_every=5 has no effect without data.validation"),
     ],
+    "load_from_somewhere": [
+        ("checkpoint.load=all", "checkpoint.load=all has no effect without checkpoint.start_from"),
+        ("checkpoint.load=weights", "checkpoint.load=weights has no effect without checkpoint.start_from"),
+    ],
 }
 # check -> runs near to those above that nobody objects to
 PASSES = {
@@ -140,6 +144,7 @@ PASSES = {
         f"data.sources=[{SOURCE},{{name: b, path: here/a}}]",
         f"data.validation=[{SOURCE}] data.validate_every=5",
     ],
+    "load_from_somewhere": ["checkpoint.load=all checkpoint.start_from=here", "checkpoint.start_from=here"],
 }
 
 
