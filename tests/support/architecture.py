@@ -158,38 +158,6 @@ def badly_named(source: Source) -> Iterator[str]:
         yield f"{source.path}: hides the standard library's {name} where it is run by path"
 
 
-def _dotted(node: ast.expr) -> str:
-    if isinstance(node, ast.Attribute):
-        return f"{_dotted(node.value)}.{node.attr}"
-    return node.id if isinstance(node, ast.Name) else "?"
-
-
-def running_what_it_reads(source: Source) -> Iterator[str]:
-    """Ways in which a file that is read, or a setting, could run code."""
-    for line, name in imported(source):
-        if name.split(".")[0] in ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"):
-            yield f"{source.path}:{line}: imports {name}"
-        if name == "torch.load":
-            yield f"{source.path}:{line}: imports {name}"
-    for node in ast.walk(source.tree):
-        if not isinstance(node, ast.Call):
-            continue
-        called = _dotted(node.func)
-        shell = any(
-            keyword.arg == "shell" and not (isinstance(keyword.value, ast.Constant) and keyword.value.value is False)
-            for keyword in node.keywords
-        )
-        if called in ("eval", "exec", "torch.load", "os.system", "os.popen", "__import__") or shell:
-            yield f"{source.path}:{node.lineno}: calls {called}{' with a shell' if shell else ''}"
-        if called.startswith("yaml.") and "load" in called and not _loads_strictly(source, node):
-            yield f"{source.path}:{node.lineno}: calls {called} without the strict loader"
-
-
-def _loads_strictly(source: Source, call: ast.Call) -> bool:
-    loader = call.args[1] if len(call.args) == 2 else None
-    return source.path == "src/megalemur/config/load.py" and loader is not None and _dotted(loader) == "_StrictLoader"
-
-
 def undocumented(source: Source) -> Iterator[str]:
     """Modules that do not say what they own."""
     if not ast.get_docstring(source.tree):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from megalemur.checkpoint.errors import CheckpointError
 from megalemur.checkpoint.exchange import Attempt, Peers
 from megalemur.checkpoint.portions import Part, Portion, StoredFile, Wanted, parts_of, portions_for, share_out
 from megalemur.checkpoint.read_ahead import Buffer, ReadAhead
@@ -47,23 +48,20 @@ class Scatter:
         incoming = portions_for(portions, wanted[peers.rank])
         own = [portion for portion in portions if portion.reader == peers.rank]
         self._own = own if everything else incoming
-        self._turns = 1 + max((portion.turn for portion in portions), default=-1)
+        self._turns = 1 + max((portion.turn for portion in portions), default=-1) if everything else len(self._own)
         self._incoming = {(p.turn, p.reader): p for p in incoming if p.reader != peers.rank}
         self._sent = 0
+        self._filled = [0] * sum(map(len, wanted[peers.rank].values()))
         self._outbox, self._inbox = Buffer(), Buffer()
 
     def run(self, pieces: Sequence[Piece], attempt: Attempt) -> Traffic:
         """Read, compare, hand out. Errors end up in `attempt`; the pieces are then worth nothing, on any rank."""
         with ReadAhead(self._own, attempt) as ahead:
-            if self._peers.size == 1:
-                for portion in self._own:
-                    data = ahead.next()
-                    with attempt.step():
-                        self._deliver(data, parts_of(portion, self._wanted[0]), pieces)
-                return Traffic(ahead.read_bytes, 0)
             for turn in range(self._turns):
                 self._take_turn(turn, ahead, pieces, attempt)
-            return Traffic(ahead.read_bytes, self._sent)
+        with attempt.step():
+            self._refuse_gaps(pieces)
+        return Traffic(ahead.read_bytes, self._sent)
 
     def _take_turn(self, turn: int, ahead: ReadAhead, pieces: Sequence[Piece], attempt: Attempt) -> None:
         """One portion a rank: read, keep what is for this rank, exchange the rest."""
@@ -110,16 +108,22 @@ class Scatter:
             work.wait()
         with attempt.step():
             for (start, stop), part in zip(_places(arriving), arriving, strict=True):
-                _fill(pieces[part.piece], part, _view(inbox[start:stop], part, part.box))
+                self._fill(pieces[part.piece], part, _view(inbox[start:stop], part, part.box))
 
     def _deliver(self, data: torch.Tensor, parts: Iterable[Part], pieces: Sequence[Piece]) -> None:
         for part in parts:
-            _fill(pieces[part.piece], part, _wanted_of(data, part))
+            self._fill(pieces[part.piece], part, _wanted_of(data, part))
 
+    def _fill(self, piece: Piece, part: Part, values: torch.Tensor) -> None:
+        """Cast and copy, on whatever device the piece lives."""
+        piece.tensor[part.box.relative_to(piece.box).slices].copy_(values)
+        self._filled[part.piece] += part.box.size
 
-def _fill(piece: Piece, part: Part, values: torch.Tensor) -> None:
-    """Cast and copy, on whatever device the piece lives."""
-    piece.tensor[part.box.relative_to(piece.box).slices].copy_(values)
+    def _refuse_gaps(self, pieces: Sequence[Piece]) -> None:
+        """Where a directory and its tensors were checked, this cannot happen; a piece half filled would look loaded."""
+        for piece, filled in zip(pieces, self._filled, strict=True):
+            if filled != piece.box.size:
+                raise CheckpointError(f"{piece.name} ({piece.kind}): {filled} of {piece.box.size} elements were found")
 
 
 def _wanted_of(data: torch.Tensor, part: Part) -> torch.Tensor:

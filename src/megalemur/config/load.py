@@ -10,8 +10,12 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from megalemur.config.checks import problems_of
+from megalemur.config.plain_files import read_plain
 from megalemur.config.presets import PRESETS
 from megalemur.config.run import RunConfig
+
+_MAX_BYTES = 1 << 20
+"""Largest run file: a thousand sources have a tenth of it, and the YAML reader takes a second for all of it."""
 
 
 class ConfigError(ValueError):
@@ -84,8 +88,10 @@ def _parse(text: str, origin: str) -> Any:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise ConfigError(origin, [f"{where}{said}"]) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: numbers and dates that YAML spells and Python has not
         raise ConfigError(origin, [" ".join(str(error).split())]) from None
+    except RecursionError:
+        raise ConfigError(origin, ["nested too deeply"]) from None
 
 
 def _apply_override(values: dict[str, Any], override: str) -> str | None:
@@ -255,7 +261,7 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: no such file, or anything that `parse_run` refuses.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_plain(Path(path), _MAX_BYTES).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), [f"cannot be read: {error}"]) from None
     return parse_run(text, overrides, origin=str(path))

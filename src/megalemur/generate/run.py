@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from megalemur.checkpoint.load import load_pieces
+from megalemur.checkpoint.load import load_pieces, refuse_table
 from megalemur.checkpoint.opening import SmallFiles
 from megalemur.checkpoint.read import HuggingFaceReader
 from megalemur.config.model import ModelConfig
@@ -27,12 +27,13 @@ def load_model(checkpoint: Path, precision: PrecisionConfig) -> tuple[Llama, Mod
     if data is None:
         raise ValueError(f"{checkpoint} holds no {CONFIG_FILE}")
     hf = parse_hf_config(data, checkpoint / CONFIG_FILE)
+    reader = HuggingFaceReader(checkpoint, derived=DERIVED_TENSORS)
+    refuse_table(reader, hf_shapes(hf.model))  # before a model of whatever size the config claims is made
     parallel = ParallelConfig()
     seed_step(0, 0, 0, 0)
     (chunk,) = build_chunks(hf.model, parallel, precision)
     segments = model_segments([chunk], hf.model)
     owned = [Owned(p, 0, p.numel(), {MASTER: p.data}) for p in chunk.parameters()]
-    reader = HuggingFaceReader(checkpoint, derived=DERIVED_TENSORS)
     load_pieces(reader, pieces_of(owned, segments), shapes=hf_shapes(hf.model))
     return chunk.eval(), hf.model
 

@@ -75,6 +75,8 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         data = files.get(name)
         if data is not None:
             try:
+                if not data:  # sentencepiece takes nothing for a model that comes later
+                    raise ValueError("the file is empty")
                 return kind(data)
             except Exception as error:  # tokenizers raises nothing more special
                 raise ValueError(f"{directory / name} is no tokenizer: {error}") from None

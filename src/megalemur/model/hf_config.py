@@ -33,6 +33,7 @@ _DEFAULTS: dict[str, Any] = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
 }
+_MAX_LAYERS = 10_000  # a table of all tensors is made before any file is compared with it
 _DEFAULT_THETA = 10000.0
 _LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
@@ -220,6 +221,8 @@ def _refusals(values: Mapping[str, Any]) -> Iterator[str]:
 
 def _shape_refusals(values: Mapping[str, Any], model: ModelConfig) -> Iterator[str]:
     heads, given = model.num_attention_heads, values.get("head_dim")
+    if model.num_layers > _MAX_LAYERS:
+        yield f"num_hidden_layers={model.num_layers} is beyond any model (at most {_MAX_LAYERS})"
     if model.hidden_size % heads:
         yield f"num_attention_heads={heads} does not divide hidden_size={model.hidden_size}"
     elif given is not None and given != model.head_dim:

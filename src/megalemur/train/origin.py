@@ -16,6 +16,7 @@ from megalemur.checkpoint.load import load_pieces, refuse_table
 from megalemur.checkpoint.manifest import MANIFEST
 from megalemur.checkpoint.opening import SmallFiles, open_together
 from megalemur.checkpoint.read import CheckpointReader, HuggingFaceReader, TensorReader
+from megalemur.config.plain_files import read_plain
 from megalemur.config.run import RunConfig
 from megalemur.model.hf_config import (
     CONFIG_FILE,
@@ -162,10 +163,10 @@ def _tokenizer_files(config: RunConfig) -> dict[str, bytes]:
     if path is None:
         return {}
     if path.is_dir():
-        return {name: (path / name).read_bytes() for name in _KEPT if (path / name).is_file()}
+        return {name: read_plain(path / name) for name in _KEPT if (path / name).is_file()}
     if not path.is_file():
         raise ValueError(f"data.tokenizer={path}: no such file")
-    return {"tokenizer.json" if path.suffix == ".json" else "tokenizer.model": path.read_bytes()}
+    return {"tokenizer.json" if path.suffix == ".json" else "tokenizer.model": read_plain(path)}
 
 
 def fill_pieces(origin: Origin, config: RunConfig, pieces: Sequence[Piece], group: dist.ProcessGroup) -> None:
