@@ -17,6 +17,8 @@ from megalemur.config.run import RunConfig
 _MAX_BYTES = 1 << 20
 """Largest run file: a thousand sources have a tenth of it, and the YAML reader takes a second for all of it."""
 
+_MAX_DEPTH = 20  # sections, lists, their items: a run file has four levels
+
 
 class ConfigError(ValueError):
     """A run file or an override that cannot be used. `problems` holds one sentence each."""
@@ -28,6 +30,8 @@ class ConfigError(ValueError):
 
 class _StrictLoader(yaml.SafeLoader):
     """YAML 1.1 without its surprises: duplicate keys are errors, 1e-4 is a number, on/off/yes/no are strings."""
+
+    _depth = 0
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -45,7 +49,12 @@ class _StrictLoader(yaml.SafeLoader):
             raise yaml.composer.ComposerError(
                 None, None, "anchors and aliases are not used in run files", self.peek_event().start_mark
             )
-        return super().compose_node(parent, index)
+        if self._depth == _MAX_DEPTH:
+            raise yaml.composer.ComposerError(None, None, "nested too deeply", self.peek_event().start_mark)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
 
 def _resolvers() -> dict[str, list[tuple[str, Any]]]:
@@ -90,8 +99,6 @@ def _parse(text: str, origin: str) -> Any:
         raise ConfigError(origin, [f"{where}{said}"]) from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: numbers and dates that YAML spells and Python has not
         raise ConfigError(origin, [" ".join(str(error).split())]) from None
-    except RecursionError:
-        raise ConfigError(origin, ["nested too deeply"]) from None
 
 
 def _apply_override(values: dict[str, Any], override: str) -> str | None:
