@@ -22,7 +22,8 @@ _log = logging.getLogger(__name__)
 class Search:
     """Offers each checkpoint once. Every method is a collective; all ranks get the same answers.
 
-    Without a group nothing is logged: that is the look before a run begins, which every process takes.
+    Without a group nothing is logged and nothing moved: that is the look before a run begins, which every process
+    takes.
     """
 
     def __init__(self, root: Path, group: dist.ProcessGroup | None = None):
@@ -67,7 +68,7 @@ class Search:
         Its manifest and sizes verify: in its place it would count as good for whoever keeps or saves checkpoints.
         """
         self._note(error)
-        if self._peers.rank or isinstance(error, UnreadableCheckpoint):
+        if self._peers.group is None or self._peers.rank or isinstance(error, UnreadableCheckpoint):
             return
         aside = reader.path.with_name(f"{reader.path.name}.damaged-{secrets.token_hex(4)}")
         try:
