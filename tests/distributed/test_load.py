@@ -223,7 +223,7 @@ def test_files_of_other_programs_are_read_once_too(split: str, tmp_path: Path) -
 def peak_bytes_of_a_load(root: Path, megabytes: int) -> float:
     """Largest growth of this rank's memory while it loads a state of so many MB, in chunks."""
     dist.barrier()
-    shapes = {f"w{i}": (megabytes * 64, 64) for i in range(16)}  # 16 matrices of megabytes / 64 MiB
+    shapes = {f"w{i}": (megabytes * 256, 64) for i in range(16)}  # fp32: so many MiB together
     rank, size = dist.get_rank(), dist.get_world_size()
 
     def pieces() -> list[Piece]:
@@ -251,13 +251,14 @@ def resident(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def peaks(root: Path) -> list[float]:
+def peak_in_chunks(root: Path, megabytes: int) -> float:
     use_chunks_of(4 << 20)
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    peak_bytes_of_a_load(root, 8)  # what the first load of a process allocates for good
-    return [peak_bytes_of_a_load(root, megabytes) / (4 << 20) for megabytes in (32, 128)]
+    return peak_bytes_of_a_load(root, megabytes) / (4 << 20)
 
 
 def test_extra_memory_is_a_few_chunks_whatever_the_size(tmp_path: Path) -> None:
-    for small, large in run_ranks(2, peaks, tmp_path):
-        assert small < 6 and large < 6, (small, large)
+    """Two that are read, one that leaves, one that arrives; whatever the first load of a process needs on top."""
+    for megabytes in (32, 128):
+        peaks = run_ranks(2, peak_in_chunks, tmp_path, megabytes)
+        assert max(peaks) < 5, (megabytes, peaks)
