@@ -117,9 +117,10 @@ def test_two_damaged_ones_are_passed_over_by_four_ranks(copy):
     assert sum(line.startswith("passed over") for line in said) == 2
 
 
-def test_a_damaged_checkpoint_is_out_of_the_way_of_the_next_save(copy):
+@pytest.mark.parametrize("damage", ["moments", "state"])
+def test_a_damaged_checkpoint_is_out_of_the_way_of_the_next_save(copy, damage):
     directory, states = copy
-    DAMAGE["moments"](at(directory, 6))
+    DAMAGE[damage](at(directory, 6))
     config = tiny_run(directory, "run.stop_at=6", num_layers=2)
     ((_, path),) = run_ranks(1, train_and_save, config)
     assert path == at(directory, 6)
@@ -250,6 +251,23 @@ def test_a_state_file_of_another_program_is_damage(copy):
         moved.rename(path)
 
 
+def restore_to_the_beginning(config):
+    """The first two steps, and again after going back to where there is no checkpoint yet."""
+    from megalemur.train.setup import restore
+
+    run = start(config)
+    first = take_steps(run, 2)
+    restore(run)
+    assert run.state.step == run.state.updates == 0
+    return first, take_steps(run, 2)
+
+
+def test_a_run_without_a_checkpoint_goes_back_to_its_beginning(tmp_path):
+    config = tiny_run(tmp_path, *LAYOUTS[2], num_layers=2)
+    for first, second in run_ranks(2, restore_to_the_beginning, config):
+        assert first == second
+
+
 def restore_twice(config):
     """(step, samples, loss) after each of: three steps, back, three steps, back and three steps."""
     from megalemur.train.setup import restore
@@ -271,3 +289,27 @@ def test_a_run_goes_back_in_process_and_does_the_same_again(copy, ranks):
     for first, second, third in run_ranks(ranks, restore_twice, config):
         assert first == second == third and len(first) == 3
     assert checkpoint_directories(directory / "checkpoints")[0] == at(directory, 6)
+
+
+def generated_from(path):
+    """The type of the error of loading a model for generation; None where it loads."""
+    from megalemur.config.parallel import ParallelConfig
+    from megalemur.config.precision import PrecisionConfig
+    from megalemur.generate.run import load_model
+    from megalemur.parallel.groups import join
+
+    join(ParallelConfig(), timeout_seconds=60)
+    try:
+        load_model(path, PrecisionConfig(dtype="fp32"))
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_no_text_is_generated_from_damaged_weights(copy, name):
+    directory, _ = copy
+    assert run_ranks(1, generated_from, at(directory, 6)) == [None]
+    flip(at(directory, 6) / name)
+    ((kind, said),) = run_ranks(1, generated_from, at(directory, 6))
+    assert kind == "DamagedCheckpoint" and name in said

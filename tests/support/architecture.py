@@ -3,6 +3,7 @@
 import ast
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,6 +44,11 @@ MAX_FUNCTION_LINES, MAX_FILE_LINES, MAX_PARAMETERS = 60, 500, 8
 VAGUE_NAMES = ("utils", "util", "helpers", "helper", "common", "misc", "manager")
 
 
+@cache
+def _parsed(text: str) -> ast.Module:
+    return ast.parse(text)
+
+
 class Source(NamedTuple):
     """One file: the room that it belongs to, its path for messages, and its text."""
 
@@ -52,7 +58,7 @@ class Source(NamedTuple):
 
     @property
     def tree(self) -> ast.Module:
-        return ast.parse(self.text)
+        return _parsed(self.text)
 
 
 def sources(root: Path) -> list[Source]:

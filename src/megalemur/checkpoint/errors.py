@@ -21,6 +21,10 @@ class UnreadableCheckpoint(DamagedCheckpoint):
     """A file could not be read; another machine, or the same one later, may find it whole."""
 
 
+class WeightsOnly(DamagedCheckpoint):
+    """Good, but without the trainer's part: nothing to resume from."""
+
+
 class NoGoodCheckpoint(CheckpointError):
     """There are checkpoints, and none of them verifies and holds all that a resume needs."""
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megalemur.checkpoint.directory import checkpoint_directories
-from megalemur.checkpoint.errors import DamagedCheckpoint, NoGoodCheckpoint, UnreadableCheckpoint
+from megalemur.checkpoint.directory import checkpoint_directories, open_manifest
+from megalemur.checkpoint.errors import DamagedCheckpoint, NoGoodCheckpoint, UnreadableCheckpoint, WeightsOnly
 from megalemur.checkpoint.exchange import Attempt, Peers
 from megalemur.checkpoint.manifest import MANIFEST, TRAINER
 from megalemur.checkpoint.opening import open_together
@@ -57,30 +57,22 @@ class Search:
             try:
                 return self._open(path)
             except DamagedCheckpoint as error:
-                self._note(error)
+                self._pass_over(path, error)
         if self.passed_over:
             raise NoGoodCheckpoint(self._root, self.passed_over)
         return None
 
     def pass_over(self, reader: CheckpointReader, error: DamagedCheckpoint) -> None:
-        """Damage was found in one that `next` gave. Unless it could only not be read, it is moved aside.
+        """Damage was found in one that `next` gave."""
+        self._pass_over(reader.path, error)
 
-        Its manifest and sizes verify: in its place it would count as good for whoever keeps or saves checkpoints.
-        """
-        self._note(error)
-        if self._peers.group is None or self._peers.rank or isinstance(error, UnreadableCheckpoint):
-            return
-        aside = reader.path.with_name(f"{reader.path.name}.damaged-{secrets.token_hex(4)}")
-        try:
-            reader.path.rename(aside)
-            _log.warning("moved it to %s", aside)
-        except OSError as problem:
-            _log.warning("%s stays where it is: %s", reader.path, problem.strerror)
-
-    def _note(self, error: DamagedCheckpoint) -> None:
-        if self._peers.group is not None:
-            _log.warning("passed over a checkpoint: %s", error)
+    def _pass_over(self, path: Path, error: DamagedCheckpoint) -> None:
         self.passed_over.append(error)
+        if self._peers.group is None:
+            return
+        _log.warning("passed over a checkpoint: %s", error)
+        if self._peers.rank == 0 and not isinstance(error, UnreadableCheckpoint | WeightsOnly):
+            _move_aside(path)
 
     def _open(self, path: Path) -> CheckpointReader:
         attempt = Attempt()
@@ -93,7 +85,21 @@ class Search:
         if path.name != f"step_{opened.manifest.step:06d}":
             raise DamagedCheckpoint(path / MANIFEST, f"is of step {opened.manifest.step}: the directory was renamed")
         if opened.manifest.dropped:
-            raise DamagedCheckpoint(
+            raise WeightsOnly(
                 path / TRAINER, "was dropped; the weights alone can be checkpoint.start_from of a new run"
             )
         return CheckpointReader(path, opened=opened)
+
+
+def _move_aside(path: Path) -> None:
+    """Where manifest and sizes verify, it would count as good for whoever keeps or saves checkpoints."""
+    aside = path.with_name(f"{path.name}.damaged-{secrets.token_hex(4)}")
+    try:
+        open_manifest(path)
+        path.rename(aside)
+    except DamagedCheckpoint:
+        return
+    except OSError as error:
+        _log.warning("%s stays where it is: %s", path, error.strerror)
+    else:
+        _log.warning("moved it to %s", aside)

@@ -170,8 +170,12 @@ def _tokenizer_files(config: RunConfig) -> dict[str, bytes]:
 
 
 def fill_pieces(origin: Origin, config: RunConfig, pieces: Sequence[Piece], group: dist.ProcessGroup) -> None:
-    """Write the origin's values into this rank's masters and, when resuming, moments. A collective over `group`."""
+    """Write the origin's values into this rank's masters and moments; moments of a new run are zero. A collective over
+    `group`; may be called again and again in a process."""
     wanted = pieces if origin.resumed else [piece for piece in pieces if piece.kind == MASTER]
+    for piece in pieces:
+        if not origin.resumed and piece.kind != MASTER:
+            piece.tensor.zero_()
     if origin.reader is not None:
         load_pieces(origin.reader, wanted, shapes=hf_shapes(config.model), group=group)
         return
