@@ -97,18 +97,32 @@ def read_verified(file: int, path: Path, entry: FileEntry, chunk: int, buffer: m
     state = xxhash.xxh3_128()
     done = 0
     # in steps that stay in the cache between the read and the digest: that halves what the digest costs
-    while count := read_at(file, buffer[done : done + _STEP_BYTES], start + done):
+    while count := read_at(file, buffer[done:], start + done, min(start + done + _STEP_BYTES, stop)):
         state.update(buffer[done : done + count])
         done += count
-    if done != stop - start:
-        raise DamagedCheckpoint(path, f"ends at byte {start + done} instead of {entry.size}")
-    if state.hexdigest() != entry.chunks[chunk]:
+    _compare(path, entry, chunk, done, state.hexdigest())
+
+
+def refuse_other_bytes(path: Path, entry: FileEntry, chunk: int, data: bytes | bytearray | memoryview) -> None:
+    """Compare a chunk that was read some other way.
+
+    Raises:
+        DamagedCheckpoint: names the file and the range of bytes.
+    """
+    _compare(path, entry, chunk, len(data), xxhash.xxh3_128_hexdigest(data))
+
+
+def _compare(path: Path, entry: FileEntry, chunk: int, found: int, digest: str) -> None:
+    start, stop = entry.span(chunk)
+    if found != stop - start:
+        raise DamagedCheckpoint(path, f"ends at byte {start + found} instead of {entry.size}")
+    if digest != entry.chunks[chunk]:
         raise DamagedCheckpoint(path, f"bytes [{start}, {stop}) differ from those that were written (xxh3_128)")
 
 
-def read_at(file: int, buffer: memoryview, start: int) -> int:
-    """Fill the buffer with the bytes from `start` of an open file; how many there were."""
+def read_at(file: int, buffer: memoryview, start: int, stop: int) -> int:
+    """Fill the buffer with bytes [start, stop) of an open file; how many there were."""
     done = 0
-    while done < len(buffer) and (count := os.preadv(file, [buffer[done:]], start + done)):
+    while done < stop - start and (count := os.preadv(file, [buffer[done : stop - start]], start + done)):
         done += count
     return done

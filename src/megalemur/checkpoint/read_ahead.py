@@ -75,7 +75,7 @@ class ReadAhead:
             self._open(portion.file)
             if entry is not None:
                 read_verified(self._handle, path, entry, portion.chunk, buffer)
-            elif (found := read_at(self._handle, buffer, portion.start)) != len(buffer):
+            elif (found := read_at(self._handle, buffer, portion.start, portion.stop)) != len(buffer):
                 raise DamagedCheckpoint(path, f"ends at byte {portion.start + found} instead of {portion.file.size}")
         except OSError as error:
             raise UnreadableCheckpoint(path, f"cannot be read: {error.strerror}") from error
