@@ -82,7 +82,7 @@ class Search:
                     raise DamagedCheckpoint(path, "is a link; a checkpoint is a directory")
         self._peers.raise_together(attempt.error, f"opening {path}")
         opened = open_together(path, self._peers)
-        if path.name != f"step_{opened.manifest.step:06d}":
+        if path.name.split(".")[0] != f"step_{opened.manifest.step:06d}":
             raise DamagedCheckpoint(path / MANIFEST, f"is of step {opened.manifest.step}: the directory was renamed")
         if opened.manifest.dropped:
             raise WeightsOnly(
