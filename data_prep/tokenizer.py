@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from megalemur.config.plain_files import read_plain
 from megalemur.config.strict_json import parse_json
 from megalemur.data.manifest import TokenizerRecord
 
@@ -207,7 +208,9 @@ def load_tokenizer(path: Path) -> SentencePieceTokenizer | HuggingFaceTokenizer:
     """
     path = tokenizer_file(path)
     try:
-        data = path.read_bytes()
+        data = read_plain(path)
+        if not data:  # sentencepiece takes nothing for a model that comes later
+            raise ValueError("the file is empty")
         kind = HuggingFaceTokenizer if path.suffix == ".json" else SentencePieceTokenizer
         return kind(path, data)
     except Exception as error:  # tokenizers raises plain Exception for what it cannot read
@@ -235,7 +238,7 @@ def _named_tokens(directory: Path) -> dict[str, str]:
     named: dict[str, str] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (directory / name).is_file():
-            values = parse_json((directory / name).read_bytes())
+            values = parse_json(read_plain(directory / name))
             for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
                 value = values.get(key)
                 text = value.get("content") if isinstance(value, dict) else value

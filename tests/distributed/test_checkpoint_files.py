@@ -13,9 +13,10 @@ import torch.distributed as dist
 
 from megalemur.checkpoint.directory import newest_checkpoint, verify_checkpoint
 from megalemur.checkpoint.errors import CheckpointError, NoGoodCheckpoint
-from megalemur.checkpoint.load import agree_on_newest, load_pieces
+from megalemur.checkpoint.load import load_pieces
 from megalemur.checkpoint.read import CheckpointReader, HuggingFaceReader
 from megalemur.checkpoint.save import Contents, save_checkpoint
+from megalemur.checkpoint.search import Search
 from megalemur.parallel.state import MASTER, Box, Piece, whole
 from tests.support.ranks import run_ranks
 from tests.unit.checkpoint.synthetic import SHAPES, assert_loaded, contents, full_state, pieces_at
@@ -191,18 +192,21 @@ def test_an_error_of_one_loading_rank_is_an_error_of_all(saved: dict[str, Path])
 
 def agree_step_by_step(root: Path) -> None:
     world = dist.group.WORLD
-    assert agree_on_newest(root, world).path is None
+    assert Search(root, world).next() is None
     first, second = (save(root, contents(pieces_at(split("rows", dist.get_rank())), step)) for step in (1, 2))
-    assert agree_on_newest(root, world) == (second, ())
+    found = Search(root, world).next()
+    assert found is not None and found.path == second
     dist.barrier()
     if dist.get_rank() == 0:
         (second / "config.json").unlink()
-    path, passed_over = agree_on_newest(root, world)
-    assert path == first and [item.path for item in passed_over] == [second / "config.json"]
+    search = Search(root, world)
+    found = search.next()
+    assert found is not None and found.path == first
+    assert [item.path for item in search.passed_over] == [second / "config.json"]
     if dist.get_rank() == 0:
         (first / "manifest.json").unlink()
     with pytest.raises(NoGoodCheckpoint) as caught:
-        agree_on_newest(root, world)
+        Search(root, world).next()
     assert len(caught.value.damaged) == 2
 
 

@@ -3,6 +3,7 @@
 import ast
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,6 +45,11 @@ MAX_FUNCTION_LINES, MAX_FILE_LINES, MAX_PARAMETERS = 60, 500, 8
 VAGUE_NAMES = ("utils", "util", "helpers", "helper", "common", "misc", "manager")
 
 
+@cache
+def _parsed(text: str) -> ast.Module:
+    return ast.parse(text)
+
+
 class Source(NamedTuple):
     """One file: the room that it belongs to, its path for messages, and its text."""
 
@@ -53,7 +59,7 @@ class Source(NamedTuple):
 
     @property
     def tree(self) -> ast.Module:
-        return ast.parse(self.text)
+        return _parsed(self.text)
 
 
 def sources(root: Path) -> list[Source]:
@@ -157,38 +163,6 @@ def badly_named(source: Source) -> Iterator[str]:
         yield f"{source.path}: the name says nothing"
     if name in sys.stdlib_module_names and name != "__init__":
         yield f"{source.path}: hides the standard library's {name} where it is run by path"
-
-
-def _dotted(node: ast.expr) -> str:
-    if isinstance(node, ast.Attribute):
-        return f"{_dotted(node.value)}.{node.attr}"
-    return node.id if isinstance(node, ast.Name) else "?"
-
-
-def running_what_it_reads(source: Source) -> Iterator[str]:
-    """Ways in which a file that is read, or a setting, could run code."""
-    for line, name in imported(source):
-        if name.split(".")[0] in ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"):
-            yield f"{source.path}:{line}: imports {name}"
-        if name == "torch.load":
-            yield f"{source.path}:{line}: imports {name}"
-    for node in ast.walk(source.tree):
-        if not isinstance(node, ast.Call):
-            continue
-        called = _dotted(node.func)
-        shell = any(
-            keyword.arg == "shell" and not (isinstance(keyword.value, ast.Constant) and keyword.value.value is False)
-            for keyword in node.keywords
-        )
-        if called in ("eval", "exec", "torch.load", "os.system", "os.popen", "__import__") or shell:
-            yield f"{source.path}:{node.lineno}: calls {called}{' with a shell' if shell else ''}"
-        if called.startswith("yaml.") and "load" in called and not _loads_strictly(source, node):
-            yield f"{source.path}:{node.lineno}: calls {called} without the strict loader"
-
-
-def _loads_strictly(source: Source, call: ast.Call) -> bool:
-    loader = call.args[1] if len(call.args) == 2 else None
-    return source.path == "src/megalemur/config/load.py" and loader is not None and _dotted(loader) == "_StrictLoader"
 
 
 def undocumented(source: Source) -> Iterator[str]:

@@ -7,10 +7,13 @@ from typing import NamedTuple
 
 import xxhash
 
-from megalemur.checkpoint.errors import DamagedCheckpoint
+from megalemur.checkpoint.errors import DamagedCheckpoint, UnreadableCheckpoint
+from megalemur.config.plain_files import open_plain
 
 CHUNK_BYTES = 32 << 20
 """Bytes that share a digest: how closely damage is located, and what a reader holds before it may use a byte of it."""
+
+_STEP_BYTES = 1 << 20
 
 
 class FileEntry(NamedTuple):
@@ -63,34 +66,58 @@ def entry_of(data: bytes) -> FileEntry:
     return digester.entry()
 
 
-def refuse_other_bytes(path: Path, entry: FileEntry, chunk: int, data: bytes | bytearray | memoryview) -> None:
-    """Compare a chunk that was read.
+def verified_chunks(path: Path, entry: FileEntry) -> Iterator[memoryview]:
+    """The chunks of a file, each compared before it is handed out; one buffer is used again and again.
+
+    Raises:
+        DamagedCheckpoint: as `read_verified`.
+        UnreadableCheckpoint: the file cannot be opened or read.
+    """
+    buffer = memoryview(bytearray(min(CHUNK_BYTES, entry.size)))
+    try:
+        file = open_plain(path, follow_links=False)
+        try:
+            for chunk in range(len(entry.chunks)):
+                start, stop = entry.span(chunk)
+                read_verified(file, path, entry, chunk, buffer[: stop - start])
+                yield buffer[: stop - start]
+        finally:
+            os.close(file)
+    except OSError as error:
+        raise UnreadableCheckpoint(path, f"cannot be read: {error.strerror}") from error
+
+
+def read_verified(file: int, path: Path, entry: FileEntry, chunk: int, buffer: memoryview) -> None:
+    """Read a chunk of an open file into a buffer of its size, and compare it.
 
     Raises:
         DamagedCheckpoint: names the file and the range of bytes.
     """
     start, stop = entry.span(chunk)
-    if len(data) != stop - start:
-        raise DamagedCheckpoint(path, f"ends at byte {start + len(data)} instead of {entry.size}")
-    if xxhash.xxh3_128_hexdigest(data) != entry.chunks[chunk]:
-        raise DamagedCheckpoint(path, f"bytes [{start}, {stop}) differ from those that were written (xxh3_128)")
+    state = xxhash.xxh3_128()
+    done = 0
+    # in steps that stay in the cache between the read and the digest: that halves what the digest costs
+    while count := read_at(file, buffer[done:], start + done, min(start + done + _STEP_BYTES, stop)):
+        state.update(buffer[done : done + count])
+        done += count
+    _compare(path, entry, chunk, done, state.hexdigest())
 
 
-def verified_chunks(path: Path, entry: FileEntry) -> Iterator[memoryview]:
-    """The chunks of a file, each compared before it is handed out; one buffer is used again and again.
+def refuse_other_bytes(path: Path, entry: FileEntry, chunk: int, data: bytes | bytearray | memoryview) -> None:
+    """Compare a chunk that was read some other way.
 
     Raises:
-        DamagedCheckpoint: as `refuse_other_bytes`, or the file cannot be read.
+        DamagedCheckpoint: names the file and the range of bytes.
     """
-    buffer = memoryview(bytearray(min(CHUNK_BYTES, entry.size)))
-    try:
-        with path.open("rb", buffering=0) as file:
-            for chunk in range(len(entry.chunks)):
-                data = buffer[: read_at(file.fileno(), buffer, *entry.span(chunk))]
-                refuse_other_bytes(path, entry, chunk, data)
-                yield data
-    except OSError as error:
-        raise DamagedCheckpoint(path, f"cannot be read: {error.strerror}") from error
+    _compare(path, entry, chunk, len(data), xxhash.xxh3_128_hexdigest(data))
+
+
+def _compare(path: Path, entry: FileEntry, chunk: int, found: int, digest: str) -> None:
+    start, stop = entry.span(chunk)
+    if found != stop - start:
+        raise DamagedCheckpoint(path, f"ends at byte {start + found} instead of {entry.size}")
+    if digest != entry.chunks[chunk]:
+        raise DamagedCheckpoint(path, f"bytes [{start}, {stop}) differ from those that were written (xxh3_128)")
 
 
 def read_at(file: int, buffer: memoryview, start: int, stop: int) -> int:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from megalemur.checkpoint.digests import FileEntry, verified_chunks
 from megalemur.checkpoint.errors import DamagedCheckpoint, NoGoodCheckpoint
 from megalemur.checkpoint.manifest import MANIFEST, Manifest, parse_manifest
+from megalemur.config.plain_files import read_plain
 
 _COMMITTED = re.compile(r"step_(\d{6,})(\.replaced-[0-9a-f]+)?", re.ASCII)
 
@@ -58,10 +59,13 @@ def open_manifest(path: Path) -> Manifest:
     """
     where = path / MANIFEST
     try:
-        data = where.read_bytes()
+        data = read_plain(where, follow_links=False)
     except OSError as error:
         raise DamagedCheckpoint(where, f"cannot be read: {error.strerror}") from error
     manifest = parse_manifest(data, where)
+    for folder in sorted({(path / name).parent for name in manifest.files} - {path}):
+        if folder.is_symlink():
+            raise DamagedCheckpoint(folder, "is a link")
     for name, entry in manifest.files.items():
         _check_size(path / name, entry)
     return manifest

@@ -5,12 +5,13 @@ No `*_object` collective: those unpickle what arrives.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megalemur.checkpoint.errors import CheckpointError
+from megalemur.checkpoint.errors import CheckpointError, DamagedCheckpoint, UnreadableCheckpoint
 from megalemur.config.strict_json import canonical_json, parse_json
 
 
@@ -44,22 +45,50 @@ class Peers:
         """Fill a contiguous CPU tensor with what `rank` sends."""
         dist.recv(_bytes_of(tensor), group=self.group, group_src=rank)
 
+    def begin_send(self, data: torch.Tensor, rank: int) -> dist.Work:
+        """Send bytes; wait for the result before `data` is changed."""
+        work = dist.isend(data, group=self.group, group_dst=rank)
+        assert work is not None
+        return work
+
+    def begin_receive(self, data: torch.Tensor, rank: int) -> dist.Work:
+        """Fill `data` with the bytes that `rank` sends, once the result is waited for."""
+        work = dist.irecv(data, group=self.group, group_src=rank)
+        assert work is not None
+        return work
+
+    def share(self, data: bytes) -> bytes:
+        """Rank 0's bytes, on all ranks; what the others give is not looked at. Two collectives."""
+        if self.group is None:
+            return data
+        length = self.all_gather(len(data))[0]
+        shared = torch.empty(length, dtype=torch.uint8)
+        if self.rank == 0 and data:
+            shared = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        dist.broadcast(shared, group=self.group, group_src=0)
+        return shared.numpy().tobytes()
+
     def raise_together(self, error: Exception | None, doing: str) -> None:
         """Raise on all ranks when one has failed, with the failing ranks' messages.
 
         Raises:
+            DamagedCheckpoint: on every rank alike, when damage is all that any rank found; names the first place.
             CheckpointError: on every rank alike.
         """
+        said = self.all_gather(_describe(error))
         ranks_of: dict[str, list[int]] = {}
-        for rank, text in enumerate(self.all_gather(_describe(error))):
-            if text:
-                ranks_of.setdefault(text, []).append(rank)
+        for rank, report in enumerate(said):
+            if report is not None:
+                ranks_of.setdefault(report["text"], []).append(rank)
+        failed = [report for report in said if report is not None]
+        if failed and all(report["damage"] for report in failed):
+            raise _damage_of([report["damage"] for report in failed]) from error
         if isinstance(error, CheckpointError) and len(ranks_of) == 1:
             raise error
         if ranks_of:
             # 512 equal lines would hide the one that differs
-            said = "; ".join(f"rank {', '.join(map(str, ranks))}: {text}" for text, ranks in ranks_of.items())
-            raise CheckpointError(f"{doing} failed: {said}") from error
+            told = "; ".join(f"rank {', '.join(map(str, ranks))}: {text}" for text, ranks in ranks_of.items())
+            raise CheckpointError(f"{doing} failed: {told}") from error
 
 
 class Attempt:
@@ -77,10 +106,22 @@ class Attempt:
             self.error = self.error or error
 
 
-def _describe(error: Exception | None) -> str:
+def _describe(error: Exception | None) -> dict[str, Any] | None:
     if error is None:
-        return ""
-    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+        return None
+    text = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+    damage = None
+    if isinstance(error, DamagedCheckpoint):
+        damage = [str(error.path), error.reason, isinstance(error, UnreadableCheckpoint)]
+    return {"text": text, "damage": damage}
+
+
+def _damage_of(found: list[list[Any]]) -> DamagedCheckpoint:
+    """The first place that was named, as an error; bytes that differ count before files that cannot be read."""
+    places = sorted({(bool(unreadable), path, reason) for path, reason, unreadable in found})
+    unreadable, path, reason = places[0]
+    more = f" (and {len(places) - 1} more places)" if len(places) > 1 else ""
+    return (UnreadableCheckpoint if unreadable else DamagedCheckpoint)(Path(path), reason + more)
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:

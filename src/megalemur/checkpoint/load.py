@@ -1,22 +1,22 @@
-"""Fills the pieces of the state from a reader, and agrees on what to resume.
+"""Fills the pieces of the state of all ranks from a reader.
 
 Compares the whole table of names and shapes, on every rank, before it reads a tensor.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from megalemur.checkpoint.directory import Newest, newest_checkpoint
-from megalemur.checkpoint.errors import CheckpointError, DamagedCheckpoint, NoGoodCheckpoint
+from megalemur.checkpoint.errors import CheckpointError
 from megalemur.checkpoint.exchange import Attempt, Peers
-from megalemur.checkpoint.manifest import box_text
+from megalemur.checkpoint.manifest import box_of_text, box_text
 from megalemur.checkpoint.placement import refuse_problems
+from megalemur.checkpoint.portions import Wanted
 from megalemur.checkpoint.read import TensorReader
+from megalemur.checkpoint.scatter import Scatter, Traffic
 from megalemur.checkpoint.tensor_file import DTYPES
-from megalemur.parallel.state import Piece
+from megalemur.parallel.state import KINDS, Box, Piece
 
 
 def load_pieces(
@@ -25,8 +25,11 @@ def load_pieces(
     *,
     shapes: Mapping[str, tuple[int, ...]],
     group: dist.ProcessGroup | None = None,
-) -> None:
+) -> Traffic:
     """Write the stored values into every piece's tensor, on whatever device it lives.
+
+    Every byte of every file is read once, by one of the ranks, and compared where it has a digest, also what no rank
+    wants: it is a whole checkpoint or none. Until this has returned, the values may be anything.
 
     Moments are loaded when `pieces` has them and refused when the reader does not: nothing is dropped in silence.
 
@@ -36,20 +39,46 @@ def load_pieces(
         shapes: every tensor of the model, not of this rank only: all ranks compare the same whole table before reading.
         group: CPU process group, so that an error on one rank is raised on all. A collective over it.
 
+    Returns:
+        What this rank read and sent.
+
     Raises:
-        CheckpointError: missing, extra, mis-shaped or mis-typed tensors, all listed with their files; or a failed read.
+        CheckpointError: missing, extra, mis-shaped or mis-typed tensors, all listed with their files.
+        DamagedCheckpoint: on every rank alike, when a byte is not what was written or cannot be read.
     """
-    peers = Peers(group)
+    peers, doing = Peers(group), f"loading {reader.path}"
     attempt = Attempt()
     with attempt.step():
         refuse_table(reader, shapes)
         _refuse_pieces(reader, pieces, shapes)
-    peers.raise_together(attempt.error, f"loading {reader.path}")
+    peers.raise_together(attempt.error, doing)
+    wanted = _gather_claims(peers, reader, pieces, shapes)
     attempt = Attempt()
-    with attempt.step(), torch.no_grad():
-        for piece in pieces:
-            piece.tensor.copy_(reader.read(piece.name, piece.kind, piece.box))
-    peers.raise_together(attempt.error, f"loading {reader.path}")
+    scatter = Scatter(reader.stored_files(), peers, wanted, everything=True)
+    with torch.no_grad():
+        traffic = scatter.run(pieces, attempt)
+    peers.raise_together(attempt.error, doing)
+    return traffic
+
+
+def _gather_claims(
+    peers: Peers, reader: TensorReader, pieces: Sequence[Piece], shapes: Mapping[str, tuple[int, ...]]
+) -> list[Wanted]:
+    """What each rank wants. Refuses ranks that see other files at one place: their plans would not fit together."""
+    names = sorted(shapes)
+    numbers = {name: i for i, name in enumerate(names)}
+    claims = [[numbers[p.name], KINDS.index(p.kind), box_text(p.box)] for p in pieces]
+    said = peers.all_gather({"files": reader.fingerprint, "claims": claims})
+    odd = [rank for rank, other in enumerate(said) if other["files"] != said[0]["files"]]
+    if odd:
+        raise CheckpointError(f"ranks {odd} see other files in {reader.path} than rank 0; do all mount the same disk?")
+    wanted: list[Wanted] = []
+    for other in said:
+        found: dict[tuple[str, str], list[tuple[int, Box]]] = {}
+        for piece, (name, kind, text) in enumerate(other["claims"]):
+            found.setdefault((KINDS[kind], names[name]), []).append((piece, box_of_text(text)))
+        wanted.append(found)
+    return wanted
 
 
 def refuse_table(reader: TensorReader, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -80,7 +109,7 @@ def _refuse_pieces(reader: TensorReader, pieces: Sequence[Piece], shapes: Mappin
     if absent:
         raise CheckpointError(
             f"{reader.path} holds {', '.join(sorted(reader.kinds))} and no {', '.join(absent)}; "
-            "name it as checkpoint.start_from of a new run to take its weights alone"
+            "checkpoint.start_from and checkpoint.load=weights begin a new run with its weights alone"
         )
     for piece in pieces:
         if tuple(shapes.get(piece.name, ())) != tuple(piece.shape) or tuple(piece.tensor.shape) != piece.box.shape:
@@ -88,28 +117,3 @@ def _refuse_pieces(reader: TensorReader, pieces: Sequence[Piece], shapes: Mappin
                 f"{piece.name} ({piece.kind}) {box_text(piece.box)} of shape {list(piece.shape)}, held as "
                 f"{list(piece.tensor.shape)}: does not fit the model's shape {list(shapes.get(piece.name, ()))}"
             )
-
-
-def agree_on_newest(root: Path, group: dist.ProcessGroup | None) -> Newest:
-    """`newest_checkpoint`, looked up by rank 0 alone: ranks that looked for themselves could see different ones.
-
-    Raises:
-        NoGoodCheckpoint: on every rank alike.
-        CheckpointError: rank 0 cannot look.
-    """
-    peers = Peers(group)
-    attempt = Attempt()
-    found, hopeless = Newest(None, ()), False
-    if peers.rank == 0:
-        with attempt.step():
-            try:
-                found = newest_checkpoint(root)
-            except NoGoodCheckpoint as error:
-                found, hopeless = Newest(None, error.damaged), True
-    peers.raise_together(attempt.error, f"looking for checkpoints in {root}")
-    damaged = [[str(item.path), item.reason] for item in found.passed_over]
-    name, damaged, hopeless = peers.all_gather([found.path and found.path.name, damaged, hopeless])[0]
-    passed_over = tuple(DamagedCheckpoint(Path(path), reason) for path, reason in damaged)
-    if hopeless:
-        raise NoGoodCheckpoint(root, passed_over)
-    return Newest(root / name if name else None, passed_over)

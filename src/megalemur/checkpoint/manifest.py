@@ -8,6 +8,7 @@ relative and never leave the checkpoint. docs/checkpoint-format.md has the forma
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -184,17 +185,38 @@ def _of_body(body: Mapping[str, Any]) -> Manifest:
 
 def _check(manifest: Manifest) -> None:
     for path, entry in manifest.files.items():
-        if not is_plain_path(path):
+        if not is_plain_path(path) or path == MANIFEST:
             raise ValueError(f"file name {path!r} does not stay inside the checkpoint")
+        if type(entry.size) is not int or entry.size < 0:
+            raise ValueError(f"{path}: {entry.size!r} is no size")
         if len(entry.chunks) != -(-entry.size // CHUNK_BYTES) or not all(map(_is_digest, entry.chunks)):
             raise ValueError(f"{path}: {len(entry.chunks)} digests do not fit {entry.size} bytes")
     if manifest.dropped and not _is_digest(manifest.dropped):
         raise ValueError(f"{manifest.dropped!r} is no digest of a dropped part")
+    if type(manifest.step) is not int or manifest.step < 0 or not isinstance(manifest.record, dict):
+        raise ValueError(f"step {manifest.step!r} and record {manifest.record!r} are no step and no object")
+    for name, shape in manifest.shapes.items():
+        if not shape or not all(type(extent) is int and 0 < extent < 1 << 62 for extent in shape):
+            raise ValueError(f"{name}: {list(shape)} is no shape")
     for kind, tensors in manifest.state.items():
         if tensors.keys() != manifest.shapes.keys():
             raise ValueError(f"{kind} is not there for exactly the tensors of the model")
         for name in tensors:
             _check_boxes(name, kind, manifest)
+    _check_overlaps(manifest)
+
+
+def _check_overlaps(manifest: Manifest) -> None:
+    """Each byte of a file belongs to one box: readers look boxes up by their bytes."""
+    found: dict[str, list[tuple[int, int, str]]] = {}
+    for kind, tensors in manifest.state.items():
+        for name, stored in tensors.items():
+            for box, file, offset in stored:
+                found.setdefault(file, []).append((offset, Stored(box, file, offset).stop, tensor_key(name, kind, box)))
+    for file, places in found.items():
+        for (_, stop, one), (start, _, other) in pairwise(sorted(places)):
+            if start < stop:
+                raise ValueError(f"{file}: {one} ends at byte {stop}, behind the first of {other} at {start}")
 
 
 def _check_boxes(name: str, kind: str, manifest: Manifest) -> None:
@@ -205,6 +227,8 @@ def _check_boxes(name: str, kind: str, manifest: Manifest) -> None:
             raise ValueError(f"{what}: box {box_text(stored.box)} lies outside shape {shape}")
         if not is_trainers(stored.file) or stored.file not in manifest.files:
             raise ValueError(f"{what}: file {stored.file!r} is not in the list of the trainer's files")
+        if type(stored.offset) is not int or stored.offset % ITEM_BYTES:
+            raise ValueError(f"{what}: byte {stored.offset!r} of {stored.file} is no multiple of {ITEM_BYTES}")
         if stored.offset < 0 or stored.stop > manifest.files[stored.file].size:
             raise ValueError(f"{what}: bytes [{stored.offset}, {stored.stop}) lie outside {stored.file}")
     for one, other in overlapping(boxes):

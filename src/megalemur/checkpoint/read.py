@@ -1,6 +1,6 @@
-"""Reads boxes of tensors, as fp32, out of our checkpoints and out of Hugging Face directories.
+"""What a directory offers to load, and where its bytes lie: our checkpoints and Hugging Face directories.
 
-Trusts no file name, no shape and no dtype that a file states.
+Trusts no file name, no shape and no dtype that a file states. Of a checkpoint of ours no byte is used uncompared.
 """
 
 import re
@@ -10,17 +10,21 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+import xxhash
 
-from megalemur.checkpoint.digests import entry_of
-from megalemur.checkpoint.directory import open_manifest
-from megalemur.checkpoint.errors import CheckpointError, DamagedCheckpoint
+from megalemur.checkpoint.errors import CheckpointError, DamagedCheckpoint, UnreadableCheckpoint
+from megalemur.checkpoint.exchange import Attempt, Peers
 from megalemur.checkpoint.hf_files import INDEX, SINGLE
-from megalemur.checkpoint.manifest import MANIFEST, STATE, Stored, is_plain_path, tensor_key
+from megalemur.checkpoint.manifest import MANIFEST, STATE, Manifest, dump_manifest, is_plain_path
+from megalemur.checkpoint.opening import TENSORS, OpenedCheckpoint, open_checkpoint
+from megalemur.checkpoint.portions import Extent, StoredFile
+from megalemur.checkpoint.scatter import Scatter
 from megalemur.checkpoint.tensor_file import DTYPES
-from megalemur.config.strict_json import parse_json
-from megalemur.parallel.boxes import Box
-from megalemur.parallel.state import MASTER
+from megalemur.checkpoint.tensor_header import Header, read_header
+from megalemur.config.plain_files import read_plain
+from megalemur.config.strict_json import canonical_json, parse_json
+from megalemur.parallel.boxes import whole
+from megalemur.parallel.state import MASTER, Box, Piece
 
 
 class Listed(NamedTuple):
@@ -48,61 +52,53 @@ class TensorReader(Protocol):
     def tensors(self) -> Mapping[str, Listed]:
         """Every tensor on offer, known before anything is read."""
 
-    def read(self, name: str, kind: str, box: Box) -> torch.Tensor:
-        """The box as an fp32 CPU tensor of the box's shape."""
+    @property
+    def fingerprint(self) -> str:
+        """Equal on two ranks only if both see the same tensors at the same places."""
 
-
-class _TensorFiles:
-    """Open safetensors files; each is opened once and stays mapped."""
-
-    def __init__(self) -> None:
-        self._open: dict[Path, Any] = {}
-
-    def listing(self, path: Path) -> dict[str, Listed]:
-        """Every tensor of a file; reads the header only."""
-        file = self._file(path)
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-        return {name: Listed(tuple(s.get_shape()), s.get_dtype(), path) for name, s in slices.items()}
-
-    def read(self, path: Path, key: str, shape: tuple[int, ...], box: Box) -> torch.Tensor:
-        """Part of a tensor that must have this shape."""
-        try:
-            part = self._file(path).get_slice(key)
-            if tuple(part.get_shape()) != shape:
-                raise DamagedCheckpoint(path, f"{key} has shape {part.get_shape()}, not {list(shape)}")
-            if part.get_dtype() not in DTYPES:
-                raise DamagedCheckpoint(path, f"{key} is {part.get_dtype()}; use one of {', '.join(DTYPES)}")
-            return part[box.slices]
-        except SafetensorError as error:
-            raise DamagedCheckpoint(path, f"{key}: {error}") from error
-
-    def _file(self, path: Path) -> Any:
-        if path not in self._open:
-            try:
-                self._open[path] = safe_open(path, framework="pt", device="cpu")
-            except (SafetensorError, OSError) as error:
-                raise DamagedCheckpoint(path, f"is no complete safetensors file: {error}") from error
-        return self._open[path]
+    def stored_files(self) -> list[StoredFile]:
+        """Every file that a load reads."""
 
 
 class CheckpointReader:
-    """The fp32 state in one of our checkpoints, whatever layout wrote it.
+    """The fp32 state in one of our checkpoints, whatever layout wrote it; its weights, where the state was dropped.
+
+    Args:
+        path: the checkpoint.
+        opened: what is known of it already.
 
     Raises:
         DamagedCheckpoint: the manifest does not verify or a file has another size than it says.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, opened: OpenedCheckpoint | None = None):
         self.path = path
-        self.manifest = open_manifest(path)
-        self.kinds = frozenset(self.manifest.state)
-        self.tensors = {name: Listed(shape, "F32", path / MANIFEST) for name, shape in self.manifest.shapes.items()}
-        self._files = _TensorFiles()
+        self.opened = opened or open_checkpoint(path)
+        self.kinds = frozenset(self.manifest.state) or frozenset({MASTER})
+        if self.manifest.state:
+            self.tensors = {name: Listed(shape, "F32", path / MANIFEST) for name, shape in self.shapes.items()}
+        else:
+            self.tensors = _listing(path, self.opened.weight_headers())
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the checkpoint consists of."""
+        return self.opened.manifest
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every Hugging Face tensor of the model that was saved."""
         return dict(self.manifest.shapes)
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Width of every tensor in the Hugging Face files."""
+        return accepted_dtypes(_listing(self.path, self.opened.weight_headers()))
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the manifest."""
+        return xxhash.xxh3_128_hexdigest(dump_manifest(self.manifest))
 
     @cached_property
     def state(self) -> dict[str, Any]:
@@ -114,43 +110,38 @@ class CheckpointReader:
 
     def file(self, name: str) -> bytes:
         """A small file by its path in the checkpoint; its digest is compared."""
-        if name not in self.manifest.files:
-            raise CheckpointError(f"{self.path}: the manifest lists no file {name!r}")
-        try:
-            data = (self.path / name).read_bytes()
-        except OSError as error:
-            raise DamagedCheckpoint(self.path / name, f"cannot be read: {error.strerror}") from error
-        if entry_of(data) != self.manifest.files[name]:
-            raise DamagedCheckpoint(self.path / name, "its bytes differ from those that were written (xxh3_128)")
-        return data
+        return self.opened.file(name)
+
+    def stored_files(self) -> list[StoredFile]:
+        """Every file but the small ones that were compared when the checkpoint was opened."""
+        extents: dict[str, list[Extent]] = {}
+        for kind, tensors in self.manifest.state.items():
+            for name, found in tensors.items():
+                for stored in found:
+                    extent = Extent(name, kind, stored.box, torch.float32, stored.offset)
+                    extents.setdefault(stored.file, []).append(extent)
+        if not self.manifest.state:
+            extents = {file: _extents(header, self.tensors) for file, header in self.opened.weight_headers().items()}
+        return [
+            StoredFile(self.path / name, entry.size, entry, _in_order(extents.get(name, [])))
+            for name, entry in sorted(self.manifest.files.items())
+            if name not in self.opened.held
+        ]
 
     def read(self, name: str, kind: str, box: Box) -> torch.Tensor:
-        """The box as fp32, put together from the stored boxes that it meets.
+        """The box as fp32; every chunk that it touches is compared.
 
         Raises:
-            DamagedCheckpoint: a rank file does not hold what the manifest says.
+            DamagedCheckpoint: a chunk is not what was written.
         """
-        result = torch.empty(box.shape)
-        filled = 0
-        for stored in self.manifest.state[kind][name]:
-            shared = box.intersect(stored.box)
-            if shared is not None:
-                result[shared.relative_to(box).slices] = self._read_part(name, kind, stored, shared)
-                filled += shared.size
-        # stored boxes are disjoint (the manifest was checked), so equal counts mean full coverage
-        if filled != box.size:
-            raise CheckpointError(f"{self.path}: {tensor_key(name, kind, box)} holds {filled} of {box.size} elements")
-        return result
-
-    def _read_part(self, name: str, kind: str, stored: Stored, wanted: Box) -> torch.Tensor:
-        key = tensor_key(name, kind, stored.box)
-        return self._files.read(self.path / stored.file, key, stored.box.shape, wanted.relative_to(stored.box))
+        return read_box(self, name, kind, box)
 
 
 class HuggingFaceReader:
     """The weights in a Hugging Face directory: one or many safetensors files. Values are cast to fp32 as they are.
 
-    Links are followed: the hub's cache is made of them.
+    Of a checkpoint of ours, the files are compared with its manifest. Elsewhere links are followed: the hub's cache is
+    made of them.
 
     Args:
         path: the directory.
@@ -165,10 +156,12 @@ class HuggingFaceReader:
 
     def __init__(self, path: Path, *, derived: str | None = None):
         self.path = path
-        self._files = _TensorFiles()
-        found = self._single() if self._is_single() else self._sharded()
+        self.manifest = open_checkpoint(path).manifest if (path / MANIFEST).exists() else None
+        self._headers = self._single() if self._is_single() else self._sharded()
         self.tensors = {
-            name: listed for name, listed in found.items() if derived is None or not re.fullmatch(derived, name)
+            name: listed
+            for name, listed in _listing(path, self._headers).items()
+            if derived is None or not re.fullmatch(derived, name)
         }
 
     @property
@@ -179,14 +172,27 @@ class HuggingFaceReader:
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
         """Width of every tensor of an accepted dtype."""
-        return {name: DTYPES[listed.dtype] for name, listed in self.tensors.items() if listed.dtype in DTYPES}
+        return accepted_dtypes(self.tensors)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all headers."""
+        headers = {name: [header.size, header.tensors] for name, header in self._headers.items()}
+        return xxhash.xxh3_128_hexdigest(canonical_json(headers))
+
+    def stored_files(self) -> list[StoredFile]:
+        """The weight files."""
+        return [
+            StoredFile(self.path / name, header.size, self._entry(name), _in_order(_extents(header, self.tensors)))
+            for name, header in sorted(self._headers.items())
+        ]
 
     def read(self, name: str, kind: str, box: Box) -> torch.Tensor:
         """The box of a weight as fp32; `kind` is master."""
-        if kind != MASTER:
-            raise CheckpointError(f"{self.path}: a Hugging Face directory holds weights and no {kind}")
-        listed = self.tensors[name]
-        return self._files.read(listed.file, name, listed.shape, box).to(torch.float32)
+        return read_box(self, name, kind, box)
+
+    def _entry(self, name: str) -> Any:
+        return None if self.manifest is None else self.manifest.files.get(name)
 
     def _is_single(self) -> bool:
         single, index = (self.path / SINGLE).exists(), (self.path / INDEX).exists()
@@ -203,35 +209,88 @@ class HuggingFaceReader:
             )
         raise CheckpointError(f"{self.path} holds neither {SINGLE} nor {INDEX}")
 
-    def _single(self) -> dict[str, Listed]:
-        return self._files.listing(self.path / SINGLE)
+    def _header(self, file: str) -> Header:
+        if self.manifest is not None and file not in self.manifest.files:
+            raise DamagedCheckpoint(self.path / file, "is a weight file that the manifest does not list")
+        return read_header(self.path / file, follow_links=self.manifest is None)
 
-    def _sharded(self) -> dict[str, Listed]:
+    def _single(self) -> dict[str, Header]:
+        return {SINGLE: self._header(SINGLE)}
+
+    def _sharded(self) -> dict[str, Header]:
         where = self.path / INDEX
         weight_map = self._weight_map(where)
         missing = sorted(file for file in set(weight_map.values()) if not (self.path / file).exists())
         if missing:
             raise DamagedCheckpoint(where, f"names files that are not there: {', '.join(missing)}")
+        named: dict[str, set[str]] = {}
+        for name, file in weight_map.items():
+            named.setdefault(file, set()).add(name)
         found = {}
-        for file in sorted(set(weight_map.values())):
-            listing = self._files.listing(self.path / file)
-            named = {name for name, other in weight_map.items() if other == file}
-            if listing.keys() != named:
-                odd = ", ".join(sorted(listing.keys() ^ named)[:5])
+        for file in sorted(named):
+            found[file] = self._header(file)
+            if found[file].tensors.keys() != named[file]:
+                odd = ", ".join(sorted(found[file].tensors.keys() ^ named[file])[:5])
                 raise DamagedCheckpoint(
                     self.path / file, f"holds other tensors than {INDEX} says; first of them: {odd}"
                 )
-            found.update(listing)
         return found
 
     def _weight_map(self, where: Path) -> dict[str, str]:
         try:
-            weight_map = parse_json(where.read_bytes())["weight_map"]
+            weight_map = parse_json(read_plain(where))["weight_map"]
             for name, file in weight_map.items():
-                if not (isinstance(file, str) and is_plain_path(file) and "/" not in file):
-                    raise ValueError(f"{name} lies in {file!r}, which is no plain file name of this directory")
-                if not file.endswith(".safetensors"):
+                if not (isinstance(file, str) and is_plain_path(file) and "/" not in file and len(file) < 200):
+                    raise ValueError(
+                        f"{name} lies in {str(file)[:200]!r}, which is no plain file name of this directory"
+                    )
+                if not file.endswith(TENSORS):
                     raise ValueError(f"{name} lies in {file!r}, which is no safetensors file")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except OSError as error:
+            raise UnreadableCheckpoint(where, f"cannot be read: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedCheckpoint(where, f"is no usable index: {error}") from error
         return weight_map
+
+
+def accepted_dtypes(tensors: Mapping[str, Listed]) -> dict[str, torch.dtype]:
+    """Width of every tensor of an accepted dtype."""
+    return {name: DTYPES[listed.dtype] for name, listed in tensors.items() if listed.dtype in DTYPES}
+
+
+def read_box(reader: TensorReader, name: str, kind: str, box: Box) -> torch.Tensor:
+    """One box as an fp32 CPU tensor, read by this process alone: for looking at a checkpoint, not for loading it.
+
+    Raises:
+        CheckpointError: there is no such box, or its bytes cannot be had.
+    """
+    listed = reader.tensors.get(name)
+    if listed is None or kind not in reader.kinds or whole(listed.shape).intersect(box) != box:
+        raise CheckpointError(f"{reader.path} holds no {kind} of {name} at {box}")
+    piece = Piece(name, kind, listed.shape, box, torch.empty(box.shape))
+    attempt, wanted = Attempt(), {(kind, name): [(0, box)]}
+    Scatter(reader.stored_files(), Peers(None), [wanted], everything=False).run([piece], attempt)
+    if attempt.error is not None:
+        raise attempt.error
+    return piece.tensor
+
+
+def _listing(path: Path, headers: Mapping[str, Header]) -> dict[str, Listed]:
+    return {
+        name: Listed(entry.shape, entry.dtype, path / file)
+        for file, header in headers.items()
+        for name, entry in header.tensors.items()
+    }
+
+
+def _extents(header: Header, wanted: Mapping[str, Listed]) -> list[Extent]:
+    """The weights in a file that can be loaded."""
+    return [
+        Extent(name, MASTER, whole(entry.shape), DTYPES[entry.dtype], entry.start)
+        for name, entry in header.tensors.items()
+        if name in wanted and entry.dtype in DTYPES
+    ]
+
+
+def _in_order(extents: list[Extent]) -> tuple[Extent, ...]:
+    return tuple(sorted((extent for extent in extents if extent.box.size), key=lambda extent: extent.offset))

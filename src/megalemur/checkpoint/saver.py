@@ -44,29 +44,33 @@ class Saver:
     neither the device nor megatron-core, whose redirects on CPU hold for the main thread alone.
     """
 
-    def __init__(
-        self, settings: CheckpointConfig, group: dist.ProcessGroup | None, *, resumed_from: Path | None = None
-    ):
+    def __init__(self, settings: CheckpointConfig, group: dist.ProcessGroup | None):
         """Nothing is allocated or touched yet.
 
         Args:
             settings: of the run.
             group: CPU process group (gloo) over all ranks, for this saver alone; None for a single process.
-            resumed_from: the checkpoint that was read in full and that the run went on from.
         """
         self._settings = settings
         self._peers = Peers(group)
         self._planner = Planner(self._peers, Sizes(settings.max_file_bytes, settings.weight_files))
         self._rules = Rules(settings.keep, settings.keep_every, settings.keep_weights_every)
-        self._read_back = {resumed_from} if resumed_from else set()
+        self._read_back: set[Path] = set()
         self._copy: HostCopy | None = None
         self._thread: threading.Thread | None = None
         self._ended: list[Ended] = []
         self._last_error: Exception | None = None
         self.failed_in_a_row = 0
         """Saves that failed since the last one that stands."""
-        self.saved_step = step_of(resumed_from) if resumed_from else None
+        self.saved_step: int | None = None
         """Step of the newest checkpoint of this run's own state that stands."""
+
+    def goes_on_from(self, path: Path | None) -> None:
+        """The run stands where a checkpoint of its own was read in full; None: where there is none."""
+        self.wait()
+        self.saved_step = step_of(path) if path else None
+        if path:
+            self._read_back.add(path)
 
     @property
     def exhausted(self) -> bool:

@@ -14,8 +14,12 @@ class CheckpointConfig(Section):
     directory: Path
     """Holds step_NNNNNN directories. A run resumes from the newest one that verifies."""
     start_from: Path | None = None
-    """Hugging Face Llama directory to start from when `directory` holds no checkpoint; every checkpoint of ours is one,
-    and then its fp32 masters are taken. Unset: from scratch."""
+    """Hugging Face Llama directory to start from when `directory` holds no checkpoint; every checkpoint of ours is one.
+    Unset: from scratch."""
+    load: Literal["weights", "all"] | None = None
+    """What is taken from start_from. weights: a new run at step 0; of a checkpoint of ours, the fp32 masters. all: go
+    on with the run found there, with its moments, counters and data position. Unset: weights, and a checkpoint that
+    holds moments is refused: they are never dropped in silence."""
     save_every: NonNegativeInt = 0
     """Steps between checkpoints; 0: only at the end."""
     asynchronous: bool = True

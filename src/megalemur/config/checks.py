@@ -233,6 +233,12 @@ def retention_has_effect(checkpoint: Any) -> Problems:
         )
 
 
+def load_from_somewhere(checkpoint: Any) -> Problems:
+    """What is to be loaded must be named."""
+    if checkpoint.load is not None and checkpoint.start_from is None:
+        yield f"checkpoint.load={checkpoint.load} has no effect without checkpoint.start_from; leave it out"
+
+
 CHECKS: tuple[Callable[..., Problems], ...] = (
     attention_shape,
     layers_over_stages,
@@ -248,6 +254,7 @@ CHECKS: tuple[Callable[..., Problems], ...] = (
     sources_named_once,
     watchdog_before_collectives,
     retention_has_effect,
+    load_from_somewhere,
 )
 
 

@@ -10,8 +10,14 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from megalemur.config.checks import problems_of
+from megalemur.config.plain_files import read_plain
 from megalemur.config.presets import PRESETS
 from megalemur.config.run import RunConfig
+
+_MAX_BYTES = 1 << 20
+"""Largest run file: a thousand sources have a tenth of it, and the YAML reader takes a second for all of it."""
+
+_MAX_DEPTH = 20  # sections, lists, their items: a run file has four levels
 
 
 class ConfigError(ValueError):
@@ -24,6 +30,8 @@ class ConfigError(ValueError):
 
 class _StrictLoader(yaml.SafeLoader):
     """YAML 1.1 without its surprises: duplicate keys are errors, 1e-4 is a number, on/off/yes/no are strings."""
+
+    _depth = 0
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -41,7 +49,12 @@ class _StrictLoader(yaml.SafeLoader):
             raise yaml.composer.ComposerError(
                 None, None, "anchors and aliases are not used in run files", self.peek_event().start_mark
             )
-        return super().compose_node(parent, index)
+        if self._depth == _MAX_DEPTH:
+            raise yaml.composer.ComposerError(None, None, "nested too deeply", self.peek_event().start_mark)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
 
 def _resolvers() -> dict[str, list[tuple[str, Any]]]:
@@ -84,7 +97,7 @@ def _parse(text: str, origin: str) -> Any:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise ConfigError(origin, [f"{where}{said}"]) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: numbers and dates that YAML spells and Python has not
         raise ConfigError(origin, [" ".join(str(error).split())]) from None
 
 
@@ -255,7 +268,7 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: no such file, or anything that `parse_run` refuses.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_plain(Path(path), _MAX_BYTES).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), [f"cannot be read: {error}"]) from None
     return parse_run(text, overrides, origin=str(path))

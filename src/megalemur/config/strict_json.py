@@ -2,19 +2,27 @@
 
 import json
 import math
+import re
+from collections import Counter
 from typing import Any
+
+_ESCAPED_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def parse_json(data: bytes) -> Any:
     """The value of a JSON document.
 
     Raises:
-        ValueError: not UTF-8, not JSON, a key given twice, or a number that is not finite.
+        ValueError: not UTF-8, not JSON, half a surrogate pair, a key given twice, or a number that is not finite.
     """
     try:
-        return json.loads(
+        value = json.loads(
             data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite
         )
+        if _ESCAPED_HALF.search(data):
+            # half of a pair is no text: it could be neither written again nor be the name of a file
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
     except RecursionError:
         raise ValueError("JSON is nested too deeply") from None
 
@@ -38,8 +46,8 @@ def readable_json(value: Any) -> bytes:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"key {key!r} is given twice")
     return found
 
 

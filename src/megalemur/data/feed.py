@@ -165,5 +165,5 @@ def _check_resumed(history: History, seed: int, sequence_length: int) -> None:
         if now != then:
             raise ValueError(
                 f"{setting}={now}, but the run that is resumed has {then}: samples would come twice or never; "
-                f"use {then}, or start a new run from its weights (checkpoint.start_from)"
+                f"use {then}, or start a new run from its weights (checkpoint.start_from, checkpoint.load=weights)"
             )

@@ -4,6 +4,7 @@ numpy only. Refuses a pair whose header, lengths, pointers and sizes do not agre
 """
 
 import mmap
+import os
 import struct
 from bisect import bisect_left
 from functools import cached_property
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
+from megalemur.config.plain_files import open_plain
 from megalemur.data.errors import DamagedDataError, DataError, MissingDataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -56,7 +58,7 @@ class _Header(NamedTuple):
 def _map(path: Path) -> mmap.mmap | bytes:
     """The file's bytes, mapped; an empty file cannot be mapped and has none."""
     try:
-        with path.open("rb") as stream:
+        with os.fdopen(open_plain(path), "rb") as stream:
             empty = stream.seek(0, 2) == 0
             return b"" if empty else mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError:

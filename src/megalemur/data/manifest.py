@@ -13,6 +13,7 @@ from typing import Any, Literal
 import xxhash
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
+from megalemur.config.plain_files import read_plain
 from megalemur.data.errors import DamagedDataError
 from megalemur.data.indexed import bin_path, idx_path
 
@@ -225,9 +226,11 @@ def read_manifest(prefix: Path | str) -> Manifest | None:
     """
     path = manifest_path(prefix)
     try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
+        manifest = Manifest.model_validate_json(read_plain(path))
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise DamagedDataError(f"{path}: cannot be read: {error.strerror}") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megalemur.config.data import SourceConfig
+from megalemur.config.plain_files import read_plain
 from megalemur.data.errors import VocabularyError
 from megalemur.data.history import Share
 from megalemur.data.indexed import IndexedFile, bin_path
@@ -103,7 +104,10 @@ def _tokenizer_digests(tokenizer: Path) -> set[str]:
     files = [tokenizer]
     if tokenizer.is_dir():
         files = [path for name in _TOKENIZER_FILES if (path := tokenizer / name).is_file()]
-    return {hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    try:
+        return {hashlib.sha256(read_plain(file)).hexdigest() for file in files}
+    except OSError as error:
+        raise ValueError(f"data.tokenizer={tokenizer}: {error.strerror}") from None
 
 
 def check_tokenizers(sources: Sequence[OpenSource], tokenizer: Path | None) -> None:

@@ -4,14 +4,15 @@ from pathlib import Path
 
 import torch
 
-from megalemur.checkpoint.load import load_pieces
+from megalemur.checkpoint.load import load_pieces, refuse_table
+from megalemur.checkpoint.opening import SmallFiles
 from megalemur.checkpoint.read import HuggingFaceReader
 from megalemur.config.model import ModelConfig
 from megalemur.config.parallel import ParallelConfig
 from megalemur.config.precision import PrecisionConfig
 from megalemur.generate.sample import Sampling, choose
 from megalemur.generate.tokenizer import load_tokenizer, stop_ids
-from megalemur.model.hf_config import DERIVED_TENSORS, read_hf_config
+from megalemur.model.hf_config import CONFIG_FILE, DERIVED_TENSORS, parse_hf_config
 from megalemur.model.llama import Llama, build_chunks, model_segments
 from megalemur.model.logits import Decoder
 from megalemur.model.names import hf_shapes
@@ -22,13 +23,17 @@ from megalemur.parallel.state import MASTER, Owned, pieces_of
 
 def load_model(checkpoint: Path, precision: PrecisionConfig) -> tuple[Llama, ModelConfig]:
     """The model of a checkpoint or Hugging Face directory, whole, on this process's device. Groups must exist."""
-    hf = read_hf_config(checkpoint)
+    data = SmallFiles(checkpoint).get(CONFIG_FILE)
+    if data is None:
+        raise ValueError(f"{checkpoint} holds no {CONFIG_FILE}")
+    hf = parse_hf_config(data, checkpoint / CONFIG_FILE)
+    reader = HuggingFaceReader(checkpoint, derived=DERIVED_TENSORS)
+    refuse_table(reader, hf_shapes(hf.model))  # before a model of whatever size the config claims is made
     parallel = ParallelConfig()
     seed_step(0, 0, 0, 0)
     (chunk,) = build_chunks(hf.model, parallel, precision)
     segments = model_segments([chunk], hf.model)
     owned = [Owned(p, 0, p.numel(), {MASTER: p.data}) for p in chunk.parameters()]
-    reader = HuggingFaceReader(checkpoint, derived=DERIVED_TENSORS)
     load_pieces(reader, pieces_of(owned, segments), shapes=hf_shapes(hf.model))
     return chunk.eval(), hf.model
 

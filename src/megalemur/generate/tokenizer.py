@@ -1,8 +1,10 @@
 """The tokenizer that lies in a checkpoint, behind two functions, and the ids that end a text."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from megalemur.checkpoint.opening import SmallFiles
 from megalemur.config.strict_json import parse_json
 
 
@@ -22,10 +24,10 @@ class Tokenizer(Protocol):
 class SentencePieceTokenizer:
     """tokenizer.model."""
 
-    def __init__(self, path: Path):
+    def __init__(self, data: bytes):
         from sentencepiece import SentencePieceProcessor
 
-        self._model = SentencePieceProcessor(model_file=str(path))
+        self._model = SentencePieceProcessor(model_proto=data)
         eos, bos = self._model.eos_id(), self._model.bos_id()
         self.eos = eos if eos >= 0 else None
         self._start = [bos] if bos >= 0 else []
@@ -42,10 +44,10 @@ class SentencePieceTokenizer:
 class HuggingFaceTokenizer:
     """tokenizer.json."""
 
-    def __init__(self, path: Path):
+    def __init__(self, data: bytes):
         from tokenizers import Tokenizer as Fast
 
-        self._model = Fast.from_file(str(path))
+        self._model = Fast.from_buffer(data)
         self.eos = next((i for i in map(self._model.token_to_id, ("</s>", "<|end_of_text|>")) if i is not None), None)
 
     def encode(self, text: str) -> list[int]:
@@ -61,12 +63,23 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer in a checkpoint.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or a library cannot read it.
+        DamagedCheckpoint: it is not the one that was saved.
     """
-    if (directory / "tokenizer.model").is_file():
-        return SentencePieceTokenizer(directory / "tokenizer.model")
-    if (directory / "tokenizer.json").is_file():
-        return HuggingFaceTokenizer(directory / "tokenizer.json")
+    kinds: dict[str, Callable[[bytes], Tokenizer]] = {
+        "tokenizer.model": SentencePieceTokenizer,
+        "tokenizer.json": HuggingFaceTokenizer,
+    }
+    files = SmallFiles(directory)
+    for name, kind in kinds.items():
+        data = files.get(name)
+        if data is not None:
+            try:
+                if not data:  # sentencepiece takes nothing for a model that comes later
+                    raise ValueError("the file is empty")
+                return kind(data)
+            except Exception as error:  # tokenizers raises nothing more special
+                raise ValueError(f"{directory / name} is no tokenizer: {error}") from None
     raise ValueError(f"{directory} holds neither tokenizer.model nor tokenizer.json; copy the model's tokenizer there")
 
 
@@ -77,12 +90,12 @@ def stop_ids(directory: Path, tokenizer: Tokenizer) -> frozenset[int]:
         ValueError: generation_config.json is there and cannot be used.
     """
     stops = set() if tokenizer.eos is None else {tokenizer.eos}
-    path = directory / "generation_config.json"
-    if path.is_file():
+    data = SmallFiles(directory).get("generation_config.json")
+    if data is not None:
         try:
-            said = parse_json(path.read_bytes()).get("eos_token_id")
+            said = parse_json(data).get("eos_token_id")
         except (ValueError, AttributeError) as error:
-            raise ValueError(f"{path} cannot be used: {error}") from None
+            raise ValueError(f"{directory / 'generation_config.json'} cannot be used: {error}") from None
         given = said if isinstance(said, list) else [said]
         stops |= {i for i in given if isinstance(i, int)}
     return frozenset(stops)

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megalemur.config.model import ModelConfig, RopeScaling
+from megalemur.config.plain_files import read_plain
 from megalemur.config.strict_json import parse_json, readable_json
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
@@ -32,6 +33,7 @@ _DEFAULTS: dict[str, Any] = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
 }
+_MAX_LAYERS = 10_000  # a table of all tensors is made before any file is compared with it
 _DEFAULT_THETA = 10000.0
 _LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
@@ -74,8 +76,21 @@ def read_hf_config(directory: Path) -> HuggingFaceConfig:
     """
     path = Path(directory) / CONFIG_FILE
     try:
-        original = parse_json(path.read_bytes())
-    except (OSError, ValueError) as error:
+        data = read_plain(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be used: {error}") from None
+    return parse_hf_config(data, path)
+
+
+def parse_hf_config(data: bytes, path: Path) -> HuggingFaceConfig:
+    """The config.json in `data`; `path` is for messages.
+
+    Raises:
+        ValueError: no strict JSON, or a model that this Llama is not; lists every reason.
+    """
+    try:
+        original = parse_json(data)
+    except ValueError as error:
         raise ValueError(f"{path} cannot be used: {error}") from None
     if not isinstance(original, dict):
         raise ValueError(f"{path} cannot be used: it is no JSON object")
@@ -206,6 +221,8 @@ def _refusals(values: Mapping[str, Any]) -> Iterator[str]:
 
 def _shape_refusals(values: Mapping[str, Any], model: ModelConfig) -> Iterator[str]:
     heads, given = model.num_attention_heads, values.get("head_dim")
+    if model.num_layers > _MAX_LAYERS:
+        yield f"num_hidden_layers={model.num_layers} is beyond any model (at most {_MAX_LAYERS})"
     if model.hidden_size % heads:
         yield f"num_attention_heads={heads} does not divide hidden_size={model.hidden_size}"
     elif given is not None and given != model.head_dim:

@@ -1,6 +1,6 @@
 """Rectangles of Hugging Face tensors, and what a local parameter is made of. Free of torch: converters use it too."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -42,10 +42,50 @@ class Box(NamedTuple):
             tuple(b - o for b, o in zip(self.stop, outer.start, strict=True)),
         )
 
+    def moved(self, by: Sequence[int]) -> "Box":
+        """The same rectangle, each coordinate further by `by`: the inverse of `relative_to`."""
+        return Box(
+            tuple(a + d for a, d in zip(self.start, by, strict=True)),
+            tuple(b + d for b, d in zip(self.stop, by, strict=True)),
+        )
+
 
 def whole(shape: Sequence[int]) -> Box:
     """The box of a whole tensor."""
     return Box((0,) * len(shape), tuple(shape))
+
+
+class FlatBox(NamedTuple):
+    """A rectangle whose elements lie one behind the other in a row-major tensor."""
+
+    box: Box
+    start: int
+    """Flat position of its first element."""
+
+
+def flat_boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[FlatBox]:
+    """Rectangles that cover the flat elements [start, stop) of a row-major tensor, in their order.
+
+    Of a matrix there are at most three: the end of a row, whole rows, the start of a row.
+    """
+    if len(shape) == 1:
+        if start < stop:
+            yield FlatBox(Box((start,), (stop,)), start)
+        return
+    width = 1
+    for extent in shape[1:]:
+        width *= extent
+    while start < stop:
+        row, column = divmod(start, width)
+        if column == 0 and stop - start >= width:
+            last = stop // width
+            yield FlatBox(Box((row, *[0] * (len(shape) - 1)), (last, *shape[1:])), start)
+            start = last * width
+            continue
+        end = min(stop, (row + 1) * width)
+        for inner, first in flat_boxes(shape[1:], column, end - row * width):
+            yield FlatBox(Box((row, *inner.start), (row + 1, *inner.stop)), row * width + first)
+        start = end
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,10 @@ owns (`Owned`), and checkpoint stores and finds `Piece`s. None of the three know
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
-from megalemur.parallel.boxes import Box, Segment, whole
+from megalemur.parallel.boxes import Box, FlatBox, Segment, flat_boxes, whole
 
 __all__ = ["EXP_AVG", "EXP_AVG_SQ", "KINDS", "MASTER", "Box", "Owned", "Piece", "Segment", "pieces_of", "whole"]
 
@@ -41,34 +40,14 @@ class Piece:
     tensor: torch.Tensor
 
 
-class _Cut(NamedTuple):
-    box: Box
-    start: int
-    """Flat position in the local parameter."""
-
-
-def _cuts(segment: Segment, start: int, stop: int) -> Iterator[_Cut]:
-    """Rectangles that cover flat positions [start, stop) of a local parameter inside one segment.
-
-    A flat range of a row-major matrix is at most three rectangles: the end of a row, whole rows, the start of a row.
-    """
-    width = 1 if len(segment.box.start) == 1 else segment.box.shape[1]
-    origin = segment.first_row * width
+def _cuts(segment: Segment, start: int, stop: int) -> Iterator[FlatBox]:
+    """Boxes of the Hugging Face tensor for the flat positions [start, stop) of a local parameter inside one segment;
+    each with its flat position in the local parameter."""
+    # local rows have exactly the box's columns, so the segment is one flat range too
+    origin = segment.first_row * (segment.box.size // segment.box.shape[0])
     low, high = max(start, origin), min(stop, origin + segment.box.size)
-    while low < high:
-        row, column = divmod(low - origin, width)
-        if column == 0 and high - low >= width:
-            rows, columns = (high - low) // width, width
-        else:
-            rows, columns = 1, min(width - column, high - low)
-        first_row = segment.box.start[0] + row
-        if len(segment.box.start) == 1:
-            box = Box((first_row,), (first_row + rows,))
-        else:
-            first_column = segment.box.start[1] + column
-            box = Box((first_row, first_column), (first_row + rows, first_column + columns))
-        yield _Cut(box, low)
-        low += rows * columns
+    for inner, first in flat_boxes(segment.box.shape, low - origin, high - origin):
+        yield FlatBox(inner.moved(segment.box.start), origin + first)
 
 
 def pieces_of(owned: Sequence[Owned], segments: Mapping[torch.nn.Parameter, Sequence[Segment]]) -> list[Piece]:

@@ -11,12 +11,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megalemur.checkpoint.directory import open_manifest
+from megalemur.checkpoint.exchange import Peers
 from megalemur.checkpoint.load import load_pieces, refuse_table
 from megalemur.checkpoint.manifest import MANIFEST
+from megalemur.checkpoint.opening import SmallFiles, open_together
 from megalemur.checkpoint.read import CheckpointReader, HuggingFaceReader, TensorReader
+from megalemur.config.plain_files import read_plain
 from megalemur.config.run import RunConfig
-from megalemur.model.hf_config import DERIVED_TENSORS, check_model_matches, read_hf_config
+from megalemur.model.hf_config import (
+    CONFIG_FILE,
+    DERIVED_TENSORS,
+    HuggingFaceConfig,
+    check_model_matches,
+    parse_hf_config,
+    read_hf_config,
+)
 from megalemur.model.initial import InitialWeights
 from megalemur.model.names import hf_shapes
 from megalemur.parallel.state import MASTER, Piece
@@ -38,7 +47,7 @@ class Origin:
     reader: TensorReader | None
     """None: from scratch."""
     resumed: bool
-    """The reader is a checkpoint of this run: moments, step and data position count too."""
+    """The reader's run is gone on with: moments, step and data position count too."""
     hf_config: Mapping[str, Any] | None
     """Keys of the config.json that the model came from."""
     dtypes: Mapping[str, torch.dtype]
@@ -56,6 +65,11 @@ class Origin:
         """Facts that the checkpoint holds about the run that wrote it; empty for a start."""
         return self.reader.manifest.record if isinstance(self.reader, CheckpointReader) else {}
 
+    def own_checkpoint(self, directory: Path) -> Path | None:
+        """The checkpoint of this run that is gone on with; None where there is none in its own directory."""
+        path = self.reader.path if self.resumed and self.reader is not None else None
+        return path if path is not None and path.parent == directory else None
+
     def describe(self) -> str:
         """One line for the log."""
         if self.reader is None:
@@ -63,33 +77,78 @@ class Origin:
         return f"{'resuming' if self.resumed else 'starting from'} {self.reader.path}"
 
 
-def find_origin(config: RunConfig, newest: Path | None) -> Origin:
+def find_origin(config: RunConfig, newest: CheckpointReader | None, peers: Peers | None = None) -> Origin:
     """The newest checkpoint of the run, else `checkpoint.start_from`, else nothing. Reads headers and small files.
 
     Args:
         config: the run.
         newest: its newest checkpoint that verifies.
+        peers: all ranks; a collective. None: this process alone.
 
     Raises:
         ValueError, CheckpointError: something is there that does not fit the run file.
     """
-    path = newest or config.checkpoint.start_from
-    shapes = hf_shapes(config.model)
+    path = newest.path if newest is not None else config.checkpoint.start_from
     if path is None:
+        shapes = hf_shapes(config.model)
         return Origin(None, False, None, _export_dtypes(config, shapes, None), _tokenizer_files(config))
+    if newest is not None:
+        return _native_origin(config, newest, resumed=True)
+    peers = peers or Peers(None)
+    if not peers.all_gather((path / MANIFEST).exists())[0]:
+        return _foreign_origin(config, path)
+    reader = CheckpointReader(path, opened=open_together(path, peers))
+    return _native_origin(config, reader, resumed=_takes_all(config, reader))
+
+
+def _takes_all(config: RunConfig, reader: CheckpointReader) -> bool:
+    """Whether the run found in checkpoint.start_from is gone on with; refuses to guess."""
+    load, there = config.checkpoint.load, f"checkpoint.start_from={reader.path}"
+    if reader.manifest.dropped and load == "all":
+        raise ValueError(
+            f"{there} has lost its trainer/ to retention; use checkpoint.load=weights, or a later checkpoint"
+        )
+    if not reader.manifest.dropped and load is None:
+        raise ValueError(
+            f"{there} holds the moments and counters of step {reader.manifest.step}; write checkpoint.load=weights to "
+            "begin a new run at step 0 with its fp32 masters alone, or checkpoint.load=all to go on with that run"
+        )
+    return load == "all"
+
+
+def _native_origin(config: RunConfig, reader: CheckpointReader, *, resumed: bool) -> Origin:
+    where = reader.path / CONFIG_FILE
+    hf = parse_hf_config(reader.file(CONFIG_FILE), where)
+    return _origin(config, reader, hf, SmallFiles(reader.path, reader.opened), resumed=resumed)
+
+
+def _foreign_origin(config: RunConfig, path: Path) -> Origin:
     hf = read_hf_config(path)
+    if config.checkpoint.load == "all":
+        raise ValueError(
+            f"checkpoint.load=all wants a checkpoint of megalemur, and checkpoint.start_from={path} is a Hugging Face "
+            "directory without moments; use checkpoint.load=weights, or leave it out"
+        )
+    return _origin(config, HuggingFaceReader(path, derived=DERIVED_TENSORS), hf, SmallFiles(path), resumed=False)
+
+
+def _origin(
+    config: RunConfig,
+    reader: CheckpointReader | HuggingFaceReader,
+    hf: HuggingFaceConfig,
+    small: SmallFiles,
+    *,
+    resumed: bool,
+) -> Origin:
+    shapes = hf_shapes(config.model)
     check_model_matches(config.model, hf)
-    # one that has kept its weights only is what any Hugging Face directory is
-    native = (path / MANIFEST).exists() and not open_manifest(path).dropped
-    weights = HuggingFaceReader(path, derived=DERIVED_TENSORS)
-    reader: TensorReader = CheckpointReader(path) if native else weights
     refuse_table(reader, shapes)
-    files = {name: (path / name).read_bytes() for name in _KEPT if (path / name).is_file()}
+    files = {name: data for name in _KEPT if (data := small.get(name)) is not None}
     return Origin(
         reader,
-        resumed=newest is not None,
+        resumed=resumed,
         hf_config=hf.original,
-        dtypes=_export_dtypes(config, shapes, weights.dtypes),
+        dtypes=_export_dtypes(config, shapes, reader.dtypes),
         files={**files, **_tokenizer_files(config)},
     )
 
@@ -109,15 +168,19 @@ def _tokenizer_files(config: RunConfig) -> dict[str, bytes]:
     if path is None:
         return {}
     if path.is_dir():
-        return {name: (path / name).read_bytes() for name in _KEPT if (path / name).is_file()}
+        return {name: read_plain(path / name) for name in _KEPT if (path / name).is_file()}
     if not path.is_file():
         raise ValueError(f"data.tokenizer={path}: no such file")
-    return {"tokenizer.json" if path.suffix == ".json" else "tokenizer.model": path.read_bytes()}
+    return {"tokenizer.json" if path.suffix == ".json" else "tokenizer.model": read_plain(path)}
 
 
 def fill_pieces(origin: Origin, config: RunConfig, pieces: Sequence[Piece], group: dist.ProcessGroup) -> None:
-    """Write the origin's values into this rank's masters and, when resuming, moments. A collective over `group`."""
+    """Write the origin's values into this rank's masters and moments; moments of a new run are zero. A collective over
+    `group`; may be called again and again in a process."""
     wanted = pieces if origin.resumed else [piece for piece in pieces if piece.kind == MASTER]
+    for piece in pieces:
+        if not origin.resumed and piece.kind != MASTER:
+            piece.tensor.zero_()
     if origin.reader is not None:
         load_pieces(origin.reader, wanted, shapes=hf_shapes(config.model), group=group)
         return

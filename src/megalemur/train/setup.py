@@ -1,6 +1,5 @@
 """Builds a run from its config, part by part; introduces model, data, optim and checkpoint to each other."""
 
-import logging
 import platform
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -8,8 +7,7 @@ from typing import Any
 
 import torch
 
-from megalemur.checkpoint.directory import newest_checkpoint
-from megalemur.checkpoint.load import agree_on_newest
+from megalemur.checkpoint.errors import DamagedCheckpoint
 from megalemur.checkpoint.saver import Saver
 from megalemur.config.run import RunConfig
 from megalemur.data.batches import Portion
@@ -25,12 +23,11 @@ from megalemur.parallel.state import Piece, Segment, pieces_of
 from megalemur.supervise.pulse import Pulse
 from megalemur.train.forward import ForwardStep
 from megalemur.train.guard import FiniteGuard
-from megalemur.train.origin import Origin, fill_pieces, find_origin, refuse_changes
+from megalemur.train.origin import Origin, fill_pieces, refuse_changes
 from megalemur.train.pace import ReadyClock
+from megalemur.train.start import Start, Starts
 from megalemur.train.state import RunState
 from megalemur.train.step import Engine, Shape
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -69,11 +66,8 @@ def build_run(config: RunConfig, place: Place) -> Run:
         ValueError, DataError, CheckpointError: what the run file names does not fit, on every rank alike.
     """
     backend = resolve_backend(config.model)
-    newest = agree_on_newest(config.checkpoint.directory, place.cpu_group)
-    for damaged in newest.passed_over:
-        _log.warning("passed over a damaged checkpoint: %s", damaged)
-    origin = find_origin(config, newest.path)
-    state, history = _position(origin)
+    starts = Starts(config, place.cpu_group)
+    origin, state, history = starts.next()
     data = build_run_data(config, state, history)
     seed_step(config.run.seed, state.step, place.pp_rank, place.dp_rank)
     chunks = build_chunks(config.model, config.parallel, config.precision)
@@ -82,8 +76,6 @@ def build_run(config: RunConfig, place: Place) -> Run:
     wrapped = wrap_chunks(chunks, config.parallel, config.precision, backward_done=clock.ready)
     optimizer = Optimizer(wrapped, config.optim, config.parallel, config.precision)
     record = build_record(config, backend, optimizer)
-    if origin.resumed:
-        refuse_changes(config, origin.record, record)
     engine = Engine(
         chunks=wrapped,
         optimizer=optimizer,
@@ -92,11 +84,48 @@ def build_run(config: RunConfig, place: Place) -> Run:
         shape=build_shape(config),
         place=place,
     )
-    saver = build_saver(config, place, origin)
+    saver = build_saver(config, place)
     run = Run(config, place, engine, data, state, origin, segments, record, clock, saver)
-    fill_pieces(origin, config, run.pieces(), place.cpu_group)
-    optimizer.publish(state.updates)
+    _load(run, starts)
     return run
+
+
+def restore(run: Run) -> None:
+    """Bring a run back to its newest good checkpoint, in this process: parameters, moments, counters, data, guard.
+
+    A collective. `run.data` is another one afterwards, whoever reads ahead in the old one closes it; `run.state` stays
+    the same object.
+
+    Raises:
+        NoGoodCheckpoint, ValueError, DataError, CheckpointError: as `build_run`.
+    """
+    starts = Starts(run.config, run.place.cpu_group)
+    _adopt(run, starts.next())
+    _load(run, starts)
+
+
+def _load(run: Run, starts: Starts) -> None:
+    """Load the run's origin; while damage is found in it, the next older one."""
+    while True:
+        if run.origin.resumed:
+            refuse_changes(run.config, run.origin.record, run.record)
+        try:
+            fill_pieces(run.origin, run.config, run.pieces(), run.place.cpu_group)
+            break
+        except DamagedCheckpoint as error:
+            starts.pass_over(error)
+            _adopt(run, starts.next())
+    run.engine.optimizer.publish(run.state.updates)
+    run.saver.goes_on_from(run.origin.own_checkpoint(run.config.checkpoint.directory))
+
+
+def _adopt(run: Run, start: Start) -> None:
+    """Take over a start's position; nothing is loaded yet."""
+    run.data = build_run_data(run.config, start.state, start.history)
+    run.origin = start.origin
+    vars(run.state).update(vars(start.state))  # in place: the loop holds it
+    run.engine.guard = FiniteGuard(run.config.run.max_skipped_steps, start.state.skipped_in_a_row)
+    seed_step(run.config.run.seed, run.state.step, run.place.pp_rank, run.place.dp_rank)
 
 
 def preflight(config: RunConfig) -> int:
@@ -108,18 +137,9 @@ def preflight(config: RunConfig) -> int:
         ValueError, DataError, CheckpointError: as `build_run`.
     """
     resolve_backend(config.model)
-    origin = find_origin(config, newest_checkpoint(config.checkpoint.directory).path)
-    state, history = _position(origin)
-    build_run_data(config, state, history)
-    return state.step
-
-
-def _position(origin: Origin) -> tuple[RunState, History | None]:
-    """Counters and data history of the checkpoint that is resumed; zero and none at a start."""
-    saved = origin.state
-    if saved is None:
-        return RunState(), None
-    return RunState.from_json(saved["run"]), History.from_json(saved["data"], origin="trainer/state.json")
+    start = Starts(config).next()
+    build_run_data(config, start.state, start.history)
+    return start.state.step
 
 
 def build_run_data(config: RunConfig, state: RunState, history: History | None) -> Data:
@@ -135,11 +155,9 @@ def build_run_data(config: RunConfig, state: RunState, history: History | None) 
     )
 
 
-def build_saver(config: RunConfig, place: Place, origin: Origin) -> Saver:
+def build_saver(config: RunConfig, place: Place) -> Saver:
     """What writes this run's checkpoints."""
-    group = place.saver_group if place.world_size > 1 else None
-    resumed_from = origin.reader.path if origin.resumed and origin.reader is not None else None
-    return Saver(config.checkpoint, group, resumed_from=resumed_from)
+    return Saver(config.checkpoint, place.saver_group if place.world_size > 1 else None)
 
 
 def build_forward(config: RunConfig, place: Place, backend: str) -> ForwardStep:

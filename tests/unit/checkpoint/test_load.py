@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,11 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from megalemur.checkpoint import digests
 from megalemur.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from megalemur.checkpoint.load import load_pieces
 from megalemur.checkpoint.read import CheckpointReader, HuggingFaceReader
 from megalemur.checkpoint.save import save_checkpoint
 from megalemur.parallel.state import MASTER, Owned, Piece, Segment, pieces_of, whole
+from tests.support.chunks import use_chunks_of
 from tests.unit.checkpoint.synthetic import (
     SHAPES,
     assert_loaded,
@@ -34,11 +37,21 @@ def save(root: Path, pieces: list[Piece]) -> Path:
     return save_checkpoint(root, contents(pieces), group=None, max_file_bytes=1 << 30)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def chunks_of_this_size() -> Iterator[None]:
+    """Chunks may be made smaller in a test of this file."""
+    before = digests.CHUNK_BYTES
+    yield
+    use_chunks_of(before)
+
+
 @settings(deadline=None, max_examples=25)
-@given(CUTS, CUTS)
+@given(CUTS, CUTS, st.sampled_from([8, 24, 256, 1 << 20]))
 def test_any_splitting_is_read_from_any_other(
-    written: list[tuple[int, int, int, int]], read: list[tuple[int, int, int, int]]
+    written: list[tuple[int, int, int, int]], read: list[tuple[int, int, int, int]], chunk: int
 ) -> None:
+    use_chunks_of(chunk)
+
     def split(cuts: list[tuple[int, int, int, int]], filled: bool) -> list[Piece]:
         boxes = [(name, box) for name, shape in SHAPES.items() for box in random_split(shape, cuts)]
         return pieces_at(boxes, filled=filled)

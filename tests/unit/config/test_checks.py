@@ -105,6 +105,10 @@ FIRES = {
         ),
         ("checkpoint.keep=2 checkpoint.read_back=false", "keep=2 has no effect with checkpoint.read_back=false"),
     ],
+    "load_from_somewhere": [
+        ("checkpoint.load=all", "checkpoint.load=all has no effect without checkpoint.start_from"),
+        ("checkpoint.load=weights", "checkpoint.load=weights has no effect without checkpoint.start_from"),
+    ],
 }
 # check -> runs near to those above that nobody objects to
 PASSES = {
@@ -167,6 +171,7 @@ PASSES = {
         "checkpoint.read_back=false",
         "checkpoint.keep=2",
     ],
+    "load_from_somewhere": ["checkpoint.load=all checkpoint.start_from=here", "checkpoint.start_from=here"],
 }
 
 
