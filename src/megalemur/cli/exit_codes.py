@@ -11,4 +11,6 @@ BAD_DATA = 12
 NO_GOOD_CHECKPOINT = 13
 """A checkpoint could not be written, read or fitted to the model."""
 NUMERICAL_STOP = 14
-"""Too many steps in a row without a finite loss and gradient norm."""
+"""Too many steps in a row were rejected, and going back to a checkpoint did not help or was not possible."""
+REPLICAS_DIFFER = 18
+"""What must be equal on several ranks is not; the message names rank and tensor."""

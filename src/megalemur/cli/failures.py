@@ -15,6 +15,7 @@ def code_of(error: Exception) -> int | None:
         "DataError": exit_codes.BAD_DATA,
         "CheckpointError": exit_codes.NO_GOOD_CHECKPOINT,
         "NumericalStop": exit_codes.NUMERICAL_STOP,
+        "ReplicaError": exit_codes.REPLICAS_DIFFER,
         "ValueError": exit_codes.BAD_CONFIG,
     }
     if not _is_ours(error):

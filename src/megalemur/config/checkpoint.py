@@ -24,5 +24,6 @@ class CheckpointConfig(Section):
     """Width of the Hugging Face weights. source: that of start_from; the compute precision from scratch."""
     max_file_bytes: PositiveInt = 10_000_000_000
     """Largest Hugging Face weight file, in bytes; a larger tensor gets a file of its own."""
-    allow_changes: tuple[Literal["backend", "optimizer", "versions"], ...] = ()
-    """Differences from the checkpoint's record that a resume accepts; every other one is an error."""
+    allow_changes: tuple[Literal["backend", "optimizer", "precision", "versions"], ...] = ()
+    """What a resume may change although it is refused otherwise (docs/resume.md): backend, optimizer class, compute
+    precision, versions of the libraries."""

@@ -200,6 +200,15 @@ def sources_named_once(data: Any) -> Problems:
         yield f"data.validate_every={data.validate_every} has no effect without data.validation"
 
 
+def guard_window(guard: Any) -> Problems:
+    """A guard that waits for more values than it keeps would wait for ever."""
+    if guard.min_values > guard.window:
+        yield (
+            f"guard.min_values={guard.min_values} is above guard.window={guard.window}, so no spike would ever be "
+            f"judged; use guard.min_values={guard.window} or less"
+        )
+
+
 CHECKS: tuple[Callable[..., Problems], ...] = (
     attention_shape,
     layers_over_stages,
@@ -213,6 +222,7 @@ CHECKS: tuple[Callable[..., Problems], ...] = (
     overlaps,
     schedule_within_run,
     sources_named_once,
+    guard_window,
 )
 
 

@@ -3,7 +3,18 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
+
+
+class Event(NamedTuple):
+    """Something that happened to the run and is no measurement: a skipped step, a rollback, replicas that differ."""
+
+    kind: str
+    """skip, spike, rollback or replicas."""
+    text: str
+    """For people."""
+    facts: Mapping[str, bool | int | float | str] = {}
+    """For programs, flat."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,8 @@ class StepReport:
     """Samples drawn from each source since the beginning; empty on steps that are not logged."""
     validation: Mapping[str, float] = field(default_factory=dict)
     """Validation loss by source, on steps that validate."""
+    events: Sequence[Event] = ()
+    """What happened in this step or just before it."""
 
 
 class Observer(Protocol):

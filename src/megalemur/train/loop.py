@@ -8,8 +8,10 @@ from megalemur.observe.observer import Observer, StepReport
 from megalemur.optim.schedule import learning_rate
 from megalemur.parallel.seeds import seed_step
 from megalemur.train.agreement import StopRequest, agree, draw
+from megalemur.train.ahead import ReadAhead
 from megalemur.train.evaluate import validate
 from megalemur.train.guard import Verdict
+from megalemur.train.rollback import roll_back
 from megalemur.train.saving import save_run
 from megalemur.train.setup import Run
 from megalemur.train.step import StepResult, train_step
@@ -17,14 +19,15 @@ from megalemur.train.step import StepResult, train_step
 
 def run_loop(run: Run, observers: Sequence[Observer], stop: StopRequest) -> None:
     """Train to the last step of the run file, or until asked to stop; the last state is always saved."""
-    config, state = run.config, run.state
-    saved = state.step if run.origin.resumed else None
-    with closing(run.data.training.prefetched(state.samples, run.portion)) as feed:  # ends the thread that reads ahead
-        while state.step < config.last_step:
+    config = run.config
+    saved = run.state.step if run.origin.resumed else None
+    with closing(ReadAhead(run)) as ahead:  # ends the thread that reads
+        while run.state.step < config.last_step:
+            state = run.state
             seed_step(config.run.seed, state.step, run.place.pp_rank, run.place.dp_rank)
             run.clock.begin()
             started = time.monotonic()
-            drawn = draw(feed.__next__)
+            drawn = draw(ahead.next)
             waited = time.monotonic() - started
             if agree(run.place, stop, drawn):
                 break
@@ -33,16 +36,24 @@ def run_loop(run: Run, observers: Sequence[Observer], stop: StopRequest) -> None
             advance(run, result)
             seconds = time.monotonic() - started
             report(run, observers, result, rate=rate, waited=waited, seconds=seconds)
-            if due(state.step, config.checkpoint.save_every):
+            if result.verdict is Verdict.STOP:
+                run.engine.guard.give_up()
+            if result.verdict is Verdict.ROLL_BACK:
+                roll_back(run)
+                ahead.restart()
+                saved = run.state.step
+            elif due(state.step, config.checkpoint.save_every):
                 save(run, observers)
                 saved = state.step
-    if saved != state.step:
+    if saved != run.state.step:
         save(run, observers)
 
 
 def advance(run: Run, result: StepResult) -> None:
     """Count the step."""
-    state, skipped = run.state, result.verdict is Verdict.SKIP
+    state, skipped = run.state, result.verdict is not Verdict.APPLY
+    if skipped and not state.skipped_in_a_row:
+        state.rejected_from = state.samples
     state.step += 1
     state.updates += not skipped
     state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
@@ -71,12 +82,13 @@ def report(
         learning_rate=rate,
         tokens=config.tokens_per_step,
         samples=state.samples,
-        skipped=result.verdict is Verdict.SKIP,
+        skipped=result.verdict is not Verdict.APPLY,
         seconds=seconds,
         data_seconds=waited,
         rank_seconds=run.clock.everywhere(run.place) if logged else (),
         ledger=run.data.training.ledger(state.samples) if logged else {},
         validation=losses,
+        events=run.engine.guard.take_events(),
     )
     for observer in observers:
         observer.after_step(told)

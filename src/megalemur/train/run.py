@@ -1,15 +1,13 @@
 """A run from its config to its last checkpoint: what `megalemur train` calls."""
 
 import logging
-import os
-
-import torch
 
 from megalemur.config.run import RunConfig
 from megalemur.observe.build import build_observers
 from megalemur.observe.logs import setup_logging
 from megalemur.parallel.groups import Place, check_world, join, leave, world_from_environment
 from megalemur.train.agreement import StopRequest
+from megalemur.train.deterministic import use_deterministic_kernels
 from megalemur.train.loop import run_loop
 from megalemur.train.setup import build_run, preflight
 
@@ -26,12 +24,12 @@ def train(config: RunConfig) -> None:
 
     Raises:
         ValueError: settings that do not fit the processes, the files or each other.
-        DataError, CheckpointError, NumericalStop: see their rooms.
+        DataError, CheckpointError, NumericalStop, ReplicaError: see their rooms.
     """
     check_world(config.parallel, world_from_environment()[1])
-    preflight(config)
     if config.run.deterministic:
         use_deterministic_kernels()
+    preflight(config)
     with StopRequest() as stop:
         place = join(config.parallel, timeout_seconds=config.run.collective_timeout)
         setup_logging(place.label, place.rank)
@@ -58,11 +56,3 @@ def _train(config: RunConfig, place: Place, stop: StopRequest) -> None:
     finally:
         for observer in observers:
             observer.at_end()
-
-
-def use_deterministic_kernels() -> None:
-    """Deterministic forms of torch's and cuBLAS' kernels and of NCCL's reductions. Before the first CUDA call."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    os.environ.setdefault("NCCL_ALGO", "Ring")
-    torch.use_deterministic_algorithms(True, warn_only=False)
-    torch.backends.cudnn.benchmark = False

@@ -16,15 +16,18 @@ from megalemur.data.feed import Data, build_data
 from megalemur.data.history import History
 from megalemur.model.backend import resolve_backend
 from megalemur.model.llama import build_chunks, model_segments
+from megalemur.optim.adamw import class_name
 from megalemur.optim.gradients import wrap_chunks
 from megalemur.optim.optimizer import Optimizer
 from megalemur.parallel.groups import Place
 from megalemur.parallel.seeds import seed_step
 from megalemur.parallel.state import Piece, Segment, pieces_of
 from megalemur.train.forward import ForwardStep
-from megalemur.train.guard import FiniteGuard
-from megalemur.train.origin import Origin, fill_pieces, find_origin, refuse_changes
+from megalemur.train.guard import Guard, GuardState
+from megalemur.train.origin import Origin, fill_pieces, find_origin
 from megalemur.train.pace import ReadyClock
+from megalemur.train.replicas import ReplicaCheck, circles_of
+from megalemur.train.resume import Changes, changes_at_resume, report_changes
 from megalemur.train.state import RunState
 from megalemur.train.step import Engine, Shape
 
@@ -45,6 +48,8 @@ class Run:
     record: dict[str, Any]
     """Facts about this run, as its checkpoints carry them."""
     clock: ReadyClock
+    changes: Changes
+    """What resumes have changed about the run."""
 
     @property
     def portion(self) -> Portion:
@@ -67,30 +72,53 @@ def build_run(config: RunConfig, place: Place) -> Run:
     newest = agree_on_newest(config.checkpoint.directory, place.cpu_group)
     for damaged in newest.passed_over:
         _log.warning("passed over a damaged checkpoint: %s", damaged)
+    record = build_record(config, backend)
+    changes = changes_at_resume(config, newest.path, record) if newest.path else Changes()
+    report_changes(changes)
     origin = find_origin(config, newest.path)
-    state, history = _position(origin)
+    state, history = position_of(origin)
     data = build_run_data(config, state, history)
     seed_step(config.run.seed, state.step, place.pp_rank, place.dp_rank)
-    chunks = build_chunks(config.model, config.parallel, config.precision)
+    chunks = build_chunks(config.model, config.parallel, config.precision, deterministic=config.run.deterministic)
     segments = model_segments(chunks, config.model)
     clock = ReadyClock(place.device)
     wrapped = wrap_chunks(chunks, config.parallel, config.precision, backward_done=clock.ready)
-    optimizer = Optimizer(wrapped, config.optim, config.parallel, config.precision)
-    record = build_record(config, backend, optimizer)
-    if origin.resumed:
-        refuse_changes(config, origin.record, record)
     engine = Engine(
         chunks=wrapped,
-        optimizer=optimizer,
+        optimizer=Optimizer(wrapped, config.optim, config.parallel, config.precision),
         forward=build_forward(config, place, backend),
-        guard=FiniteGuard(config.run.max_skipped_steps, state.skipped_in_a_row),
+        guard=Guard(config.guard),
         shape=build_shape(config),
         place=place,
     )
-    run = Run(config, place, engine, data, state, origin, segments, record, clock)
-    fill_pieces(origin, config, run.pieces(), place.cpu_group)
-    optimizer.publish(state.updates)
+    run = Run(config, place, engine, data, state, origin, segments, record, clock, changes)
+    engine.guard = build_guard(run)
+    load_state(run)
     return run
+
+
+def load_state(run: Run) -> None:
+    """Read the origin's masters and moments into this rank's, and make the parameters of them. A collective."""
+    fill_pieces(run.origin, run.config, run.pieces(), run.place.cpu_group)
+    run.engine.optimizer.publish(run.state.updates)
+
+
+def build_guard(run: Run) -> Guard:
+    """The guard of a run at its present step, with what the checkpoint says that it had seen."""
+    saved = GuardState.from_json((run.origin.state or {}).get("guard"))
+    engine, place = run.engine, run.place
+    replicas = ReplicaCheck(
+        place,
+        lambda: circles_of(run.config, place, engine.chunks, engine.optimizer, run.segments),
+        every=run.config.run.check_replicas_every,
+        steps_taken=run.state.step,
+    )
+    return Guard(
+        run.config.guard,
+        rejected_in_a_row=run.state.skipped_in_a_row,
+        state=GuardState() if run.changes.move_losses else saved,
+        compare_replicas=replicas.when_due,
+    )
 
 
 def preflight(config: RunConfig) -> None:
@@ -101,12 +129,15 @@ def preflight(config: RunConfig) -> None:
     Raises:
         ValueError, DataError, CheckpointError: as `build_run`.
     """
-    resolve_backend(config.model)
-    origin = find_origin(config, newest_checkpoint(config.checkpoint.directory).path)
-    build_run_data(config, *_position(origin))
+    backend = resolve_backend(config.model)
+    newest = newest_checkpoint(config.checkpoint.directory).path
+    if newest is not None:
+        changes_at_resume(config, newest, build_record(config, backend))
+    origin = find_origin(config, newest)
+    build_run_data(config, *position_of(origin))
 
 
-def _position(origin: Origin) -> tuple[RunState, History | None]:
+def position_of(origin: Origin) -> tuple[RunState, History | None]:
     """Counters and data history of the checkpoint that is resumed; zero and none at a start."""
     saved = origin.state
     if saved is None:
@@ -142,13 +173,13 @@ def build_shape(config: RunConfig) -> Shape:
     return Shape(data.sequence_length, data.micro_batch_size)
 
 
-def build_record(config: RunConfig, backend: str, optimizer: Optimizer) -> dict[str, Any]:
+def build_record(config: RunConfig, backend: str) -> dict[str, Any]:
     """What a checkpoint says about the run that wrote it."""
     names = ["megalemur", "torch", "megatron-core"] + (["transformer-engine"] if backend != "torch" else [])
     return {
         "layout": config.parallel.model_dump(mode="json"),
         "backend": backend,
-        "optimizer": optimizer.class_name,
+        "optimizer": class_name(config.optim.kind),
         "precision": config.precision.dtype,
         "device": "cpu" if not torch.cuda.is_available() else torch.cuda.get_device_name(),
         "python": platform.python_version(),

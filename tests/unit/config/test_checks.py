@@ -88,6 +88,7 @@ FIRES = {
         ("data.sources=[]", "data.sources is empty"),
         ("data.validate_every=5", "data.validate_every=5 has no effect without data.validation"),
     ],
+    "guard_window": [("guard.window=8 guard.min_values=9", "use guard.min_values=8 or less")],
 }
 # check -> runs near to those above that nobody objects to
 PASSES = {
@@ -140,6 +141,7 @@ PASSES = {
         f"data.sources=[{SOURCE},{{name: b, path: here/a}}]",
         f"data.validation=[{SOURCE}] data.validate_every=5",
     ],
+    "guard_window": ["guard.window=8 guard.min_values=8"],
 }
 
 
