@@ -138,6 +138,7 @@ def continue_with(config, history, bad, value):
     """The same as a plain restart from the newest checkpoint, with a history that skips from the start."""
     from megalemur.train.loop import run_loop
     from megalemur.train.setup import build_guard, build_run_data
+
     run = start(config)
     run.data = build_run_data(config, run.state, history)
     run.engine.guard = build_guard(run)
