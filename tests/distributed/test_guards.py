@@ -1,4 +1,4 @@
-"""Numbers that are not finite, and spikes: all ranks decide alike, nothing is left behind, and a rollback is a restart."""
+"""NaN, infinity and spikes: all ranks decide alike, nothing is left behind, and a rollback is a restart."""
 
 import pytest
 import torch

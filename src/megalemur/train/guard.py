@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Annotated, Any, NoReturn
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from megalemur.config.guard import GuardConfig
 from megalemur.config.strict_json import canonical_json
@@ -50,6 +50,12 @@ class GuardState(BaseModel):
     """Those of the last accepted steps, oldest first."""
     grad_norms: _Values = ()
     """Those of the same steps."""
+
+    @model_validator(mode="after")
+    def _of_the_same_steps(self) -> "GuardState":
+        if len(self.losses) != len(self.grad_norms):
+            raise ValueError(f"{len(self.losses)} losses and {len(self.grad_norms)} gradient norms")
+        return self
 
     @classmethod
     def from_json(cls, values: Any) -> "GuardState":
