@@ -236,3 +236,18 @@ def test_nothing_is_judged_before_there_is_enough_to_judge_by(tmp_path):
     config = tiny_run(tmp_path, *SPIKES)
     ((events, _),) = run_ranks(1, watched_spike, config)
     assert events == []
+
+
+def test_rollbacks_to_the_same_checkpoint_add_up(tmp_path):
+    config = tiny_run(tmp_path, *SPIKES, "checkpoint.save_every=4")
+    ((events, _, state, history),) = run_ranks(1, spiky_run, config, range(48, 80), 50.0)
+    storm = [(7, "spike"), (8, "spike"), (5, "rollback")]
+    assert events == storm * 2
+    assert history.skipped == ((48, 80),) and (state.step, state.updates, state.rollbacks) == (10, 10, 2)
+
+
+def test_a_checkpoint_saved_in_mid_streak_is_gone_back_to_and_only_what_is_behind_it_is_skipped(tmp_path):
+    config = tiny_run(tmp_path, *SPIKES, "checkpoint.save_every=4")
+    ((events, _, state, history),) = run_ranks(1, spiky_run, config, range(56, 72), 50.0)
+    assert events == [(8, "spike"), (9, "spike"), (9, "rollback")]
+    assert history.skipped == ((64, 72),) and (state.step, state.samples, state.updates) == (10, 80, 9)
