@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from megalemur.config.run import RunConfig
 
-Path = tuple[str, ...]
+Keys = tuple[str, ...]
 
 
 class Policy(Enum):
@@ -191,7 +191,7 @@ def _shown(value: Any) -> str:
     return "not set" if value is None else str(value)
 
 
-def rule_of(path: Path) -> Rule:
+def rule_of(path: Keys) -> Rule:
     """The rule of a setting, items of lists by their names as in ("data", "sources", "code", "weight")."""
     generic = (*path[:2], "*", *path[3:]) if path[:2] in _LISTS else path
     return RULES[".".join(generic)]
@@ -201,7 +201,7 @@ _LISTS = (("data", "sources"), ("data", "validation"))
 _NOTHING = object()
 
 
-def settings(section: type[BaseModel] = RunConfig, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+def settings(section: type[BaseModel] = RunConfig, path: Keys = ()) -> Iterator[tuple[Keys, Any]]:
     """Every setting that a run file can have, with its default in JSON's types; `*` for the items of a list.
 
     A setting without a default comes with one that equals nothing else.
@@ -228,7 +228,7 @@ def _inner(annotation: Any) -> type[BaseModel] | None:
     return next((found for part in get_args(annotation) if (found := _inner(part)) is not None), None)
 
 
-def _leaves(values: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+def _leaves(values: Any, path: Keys = ()) -> Iterator[tuple[Keys, Any]]:
     """Every value of a resolved run file. A section that is null yields nothing: its settings count as not set."""
     if path in _LISTS and isinstance(values, list):
         values = {str(item.get("name")): item for item in values if isinstance(item, Mapping)}
@@ -262,7 +262,7 @@ def compare(old: Mapping[str, Any], new: RunConfig) -> Comparison:
     return Comparison(tuple(differences), tuple(unknown), tuple(unset))
 
 
-def _instances(generic: Path, given: list[Path]) -> list[Path]:
+def _instances(generic: Keys, given: list[Keys]) -> list[Keys]:
     """The setting itself, or that of every item of its list."""
     if "*" not in generic:
         return [generic]
@@ -270,7 +270,7 @@ def _instances(generic: Path, given: list[Path]) -> list[Path]:
     return [(*generic[:2], name, *generic[3:]) for name in names]
 
 
-def _value(path: Path, values: Mapping[Path, Any], default: Any) -> Any:
+def _value(path: Keys, values: Mapping[Keys, Any], default: Any) -> Any:
     """What a setting is: given, or its default, or None where the section or item that would hold it is not there."""
     if path in values:
         return values[path]
@@ -278,7 +278,7 @@ def _value(path: Path, values: Mapping[Path, Any], default: Any) -> Any:
     return default if there else None
 
 
-def _comes_or_goes(path: Path, one: Any, other: Any) -> bool:
+def _comes_or_goes(path: Keys, one: Any, other: Any) -> bool:
     """A refused setting of an item that is new or gone: the item counts, not what it cannot change into."""
     return path[:2] in _LISTS and None in (one, other) and rule_of(path).policy is Policy.REFUSED
 

@@ -20,7 +20,7 @@ class RunState:
     skipped_in_a_row: int = 0
     """Steps since the last update that was applied: a restart does not give the guard its patience back."""
     rejected_from: int = 0
-    """Samples drawn when the first of those steps began; nothing while there are none."""
+    """Samples drawn when the first of those steps began; without meaning while there are none."""
     rollbacks: int = 0
     """Times that the run went back to a checkpoint."""
 
