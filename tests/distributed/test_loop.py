@@ -143,7 +143,7 @@ def skip_steps(config):
 
 
 def test_the_guard_goes_on_counting_after_a_restart(tmp_path):
-    limit = "run.max_skipped_steps=4"
-    assert run_ranks(1, skip_steps, tiny_run(tmp_path, limit, "run.stop_at=2")) == [(2, 2, "")]
-    ((step, _, said),) = run_ranks(1, skip_steps, tiny_run(tmp_path, limit))
-    assert step == 3 and "4 steps in a row" in said
+    limit = ("guard.rollback_after=4", "guard.max_rollbacks=0")
+    assert run_ranks(1, skip_steps, tiny_run(tmp_path, *limit, "run.stop_at=2")) == [(2, 2, "")]
+    ((step, _, said),) = run_ranks(1, skip_steps, tiny_run(tmp_path, *limit))
+    assert step == 4 and "4 steps in a row" in said

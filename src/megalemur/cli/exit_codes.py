@@ -13,7 +13,7 @@ BAD_DATA = 12
 NO_GOOD_CHECKPOINT = 13
 """A checkpoint could not be written, read or fitted to the model."""
 NUMERICAL_STOP = 14
-"""Too many steps in a row without a finite loss and gradient norm."""
+"""Too many steps in a row were rejected, and going back to a checkpoint did not help or was not possible."""
 HANG = 15
 """A rank made no progress for too long; the message names it."""
 CRASH_LOOP = 16
@@ -22,3 +22,5 @@ RANK_DIED = 17
 """A rank was killed or crashed; the others were ended. The message names it."""
 STOPPED_TWICE = 18
 """A second signal ended the run at once, without a save; its last checkpoint is as it was."""
+REPLICAS_DIFFER = 19
+"""What must be equal on several ranks is not; the message names rank and tensor."""

@@ -19,6 +19,7 @@ def code_of(error: Exception) -> int | None:
         "CrashLoop": exit_codes.CRASH_LOOP,
         "RankDied": exit_codes.RANK_DIED,
         "StoppedTwice": exit_codes.STOPPED_TWICE,
+        "ReplicaError": exit_codes.REPLICAS_DIFFER,
         "ValueError": exit_codes.BAD_CONFIG,
     }
     if not _is_ours(error):

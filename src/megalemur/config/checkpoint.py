@@ -44,5 +44,6 @@ class CheckpointConfig(Section):
     weight_files: NonNegativeInt = 0
     """Hugging Face weight files at least, as near as whole tensors allow: each is written by one rank. 0: one a rank,
     as long as a file holds 64 MiB."""
-    allow_changes: tuple[Literal["backend", "optimizer", "versions"], ...] = ()
-    """Differences from the checkpoint's record that a resume accepts; every other one is an error."""
+    allow_changes: tuple[Literal["backend", "optimizer", "precision", "versions"], ...] = ()
+    """What a resume may change although it is refused otherwise (docs/resume.md): backend, optimizer class, compute
+    precision, versions of the libraries."""

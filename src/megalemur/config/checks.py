@@ -239,6 +239,15 @@ def load_from_somewhere(checkpoint: Any) -> Problems:
         yield f"checkpoint.load={checkpoint.load} has no effect without checkpoint.start_from; leave it out"
 
 
+def guard_window(guard: Any) -> Problems:
+    """A guard that waits for more values than it keeps would wait for ever."""
+    if guard.min_values > guard.window:
+        yield (
+            f"guard.min_values={guard.min_values} is above guard.window={guard.window}, so no spike would ever be "
+            f"judged; use guard.min_values={guard.window} or less"
+        )
+
+
 CHECKS: tuple[Callable[..., Problems], ...] = (
     attention_shape,
     layers_over_stages,
@@ -255,6 +264,7 @@ CHECKS: tuple[Callable[..., Problems], ...] = (
     watchdog_before_collectives,
     retention_has_effect,
     load_from_somewhere,
+    guard_window,
 )
 
 

@@ -261,6 +261,18 @@ def _deaf_preset(written: dict[str, Any], now: Any) -> list[str]:
     ]
 
 
+def parse_resolved(text: str) -> dict[str, Any]:
+    """The plain values of a run file that a checkpoint carries: as strict as YAML goes, no schema.
+
+    Raises:
+        ConfigError: it is no mapping, or no YAML that we would have written.
+    """
+    values = _parse(text, "run file")
+    if not isinstance(values, dict):
+        raise ConfigError("run file", ["a run file is a mapping of sections"])
+    return values
+
+
 def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """RunConfig from a run file.
 

@@ -6,6 +6,7 @@ from megalemur.config.checkpoint import CheckpointConfig
 from megalemur.config.checks import problems_of
 from megalemur.config.data import DataConfig
 from megalemur.config.duration import Duration
+from megalemur.config.guard import GuardConfig
 from megalemur.config.log import LogConfig
 from megalemur.config.model import ModelConfig
 from megalemur.config.optim import OptimConfig, ScheduleConfig
@@ -25,14 +26,16 @@ class RunSettings(Section):
     seed: NonNegativeInt = 1234
     """Seed of the data order, of dropout and of initial weights."""
     deterministic: bool = False
-    """Deterministic kernels in torch, cuBLAS and NCCL; slower on GPUs. CPU runs are deterministic anyway."""
+    """Deterministic kernels in torch, cuBLAS, NCCL and attention; slower on GPUs. Without it a resume on GPUs has
+    equal samples and starts from equal state, but its bits then drift (docs/resume.md). CPU runs need no switch."""
     stop_at: PositiveInt | None = None
     """Stop after this step and save; the schedule still counts to `steps`. Unset: run to the end."""
     stop_before: Duration | None = None
     """How long before the end of the job to stop and save, as 20min, 90s or seconds: longer than a step and a save. The
     end comes from the batch system. Unset: run until a signal comes."""
-    max_skipped_steps: PositiveInt = 10
-    """Steps in a row without a finite loss and gradient norm after which the run stops; each is skipped."""
+    check_replicas_every: NonNegativeInt = 100
+    """Steps between comparisons of what must be equal on several ranks (docs/guards.md); 0: never. A difference stops
+    the run and names rank and tensor."""
     collective_timeout: PositiveFloat = 600.0
     """Seconds after which a collective that does not finish ends the process."""
     collect_garbage_every: PositiveInt = 100
@@ -48,6 +51,7 @@ class RunConfig(Section):
     precision: PrecisionConfig = PrecisionConfig()
     optim: OptimConfig
     schedule: ScheduleConfig = ScheduleConfig()
+    guard: GuardConfig = GuardConfig()
     data: DataConfig
     checkpoint: CheckpointConfig
     log: LogConfig

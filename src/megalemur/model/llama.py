@@ -98,12 +98,15 @@ class Llama(GPTModel):
         return super().compute_language_model_loss(labels, logits)
 
 
-def build_chunks(model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig) -> list[Llama]:
+def build_chunks(
+    model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, *, deterministic: bool = False
+) -> list[Llama]:
     """The chunks of this rank, in the order of its schedule, with all weights zero.
 
     The process groups must exist. Zero, so that vocabulary padding, which no checkpoint holds, is zero and stays so.
     """
     config = mcore_config(model, parallel, precision)
+    config.deterministic_mode = deterministic  # the embedding's backward pass; Transformer Engine is held to its word
     counts = chunk_layers(model.num_layers, parallel)[pipeline_rank()]
     chunks = []
     for number, count in enumerate(counts):

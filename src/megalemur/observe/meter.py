@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 
-from megalemur.observe.observer import StepReport
+from megalemur.observe.observer import Event, StepReport
 from megalemur.observe.throughput import FlopsPerToken, utilisation
 
 Record = dict[str, bool | int | float | str]
@@ -63,13 +63,16 @@ class Meter:
         self._device_facts, self._clock = device_facts, clock
         self._window = _Window()
         self._skipped_steps = self._failed_saves = 0
-        self._settled: tuple[int, float] | None = None
+        self._steps_since = 0
+        self._settled: float | None = None
 
     def add(self, report: StepReport) -> None:
         """Count a step."""
         if self._settled is None:
             # the first step also pays for allocations and compilation: the pace is taken from its end on
-            self._settled = (report.step, self._clock())
+            self._settled = self._clock()
+        else:
+            self._steps_since += 1  # counted: the number of a step goes back at a rollback
         window = self._window
         window.tokens += report.tokens
         window.seconds += report.seconds
@@ -92,7 +95,7 @@ class Meter:
         window, self._window = self._window, _Window()
         record: Record = {
             "step": report.step,
-            "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+            "time": _now(),
             "loss": report.loss,
             "grad_norm": report.grad_norm,
             "learning_rate": report.learning_rate,
@@ -129,9 +132,7 @@ class Meter:
 
     def _eta_seconds(self, report: StepReport) -> float:
         assert self._settled is not None, "add the step before its record"
-        first, since = self._settled
-        steps = report.step - first
-        pace = (self._clock() - since) / steps if steps else report.seconds
+        pace = (self._clock() - self._settled) / self._steps_since if self._steps_since else report.seconds
         return max(0, self._work.last_step - report.step) * pace
 
     def _sources(self, report: StepReport) -> Record:
@@ -142,6 +143,15 @@ class Meter:
             if name in report.ledger
         }
         return values | {f"validation/{name}": loss for name, loss in report.validation.items()}
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+
+
+def event_record(step: int, event: Event) -> Record:
+    """An event as one flat line; `event` tells it from a record of measurements."""
+    return {"step": step, "time": _now(), "event": event.kind, "text": event.text, **event.facts}
 
 
 def _spread(report: StepReport) -> Record:

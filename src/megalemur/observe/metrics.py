@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from megalemur.observe.meter import Meter
+from megalemur.observe.meter import Meter, event_record
 from megalemur.observe.observer import StepReport
 from megalemur.observe.sinks import Sink
 
@@ -24,8 +24,11 @@ class Metrics:
         self._every, self._last_step = every, last_step
 
     def after_step(self, report: StepReport) -> None:
-        """Count the step, and write a record when due."""
+        """Count the step, tell its events, and write a record when due."""
         self._meter.add(report)
+        for event in report.events:
+            for sink in self._sinks:
+                sink.tell(event_record(report.step, event))
         if report.step % self._every and report.step != self._last_step and not report.validation:
             return
         record = self._meter.record(report)

@@ -3,7 +3,18 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
+
+
+class Event(NamedTuple):
+    """Something that happened to the run and is no measurement: a skipped step, a rollback, replicas that differ."""
+
+    kind: str
+    """skip, spike, rollback or replicas."""
+    text: str
+    """For people."""
+    facts: Mapping[str, bool | int | float | str] = {}
+    """For programs, flat."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,8 @@ class StepReport:
     """Seconds, from beginning to end, of the saves that ended since the step before: most of it in the background."""
     failed_saves: int = 0
     """Saves that failed since the step before."""
+    events: Sequence[Event] = ()
+    """What happened in this step or just before it."""
 
 
 class Observer(Protocol):

@@ -20,6 +20,9 @@ class Sink(Protocol):
     def write(self, record: Record) -> None:
         """Take one record."""
 
+    def tell(self, event: Record) -> None:
+        """Take an event: `step`, `event`, `text` and facts."""
+
     def close(self) -> None:
         """Everything is written."""
 
@@ -63,6 +66,10 @@ class JsonLines:
         self._append(orjson.dumps(marked, option=orjson.OPT_APPEND_NEWLINE))
         self._resumed_from = None
 
+    def tell(self, event: Record) -> None:
+        """Append one line, as `write`."""
+        self.write(event)
+
     def _append(self, line: bytes) -> None:
         end = self._file.seek(0, os.SEEK_END)
         try:
@@ -100,6 +107,10 @@ class TensorBoard:
             if isinstance(value, int | float) and name != "step":
                 self._writer.add_scalar(name, value, step)
 
+    def tell(self, event: Record) -> None:
+        """Add the text."""
+        self._writer.add_text(f"event/{event['event']}", str(event["text"]), event["step"])
+
     def close(self) -> None:
         """Write what is left."""
         self._writer.close()
@@ -125,10 +136,17 @@ class Guarded:
 
     def write(self, record: Record) -> None:
         """Write the record, or lose it."""
+        self._try(lambda sink: sink.write(record))
+
+    def tell(self, event: Record) -> None:
+        """Write the event, or lose it."""
+        self._try(lambda sink: sink.tell(event))
+
+    def _try(self, use: Callable[[Sink], None]) -> None:
         try:
             if self._sink is None:
                 self._sink = self._open_sink()
-            self._sink.write(record)
+            use(self._sink)
         except Exception as error:
             if not self._lost:
                 _log.warning("%s cannot be written: %s; training goes on, records are lost", self._name, error)

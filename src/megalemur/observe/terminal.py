@@ -67,6 +67,14 @@ class Terminal:
             self._console.print(f"step {record['step']}  {losses}", highlight=False)
         self._bar.update(self._task, completed=float(record["step"]), description=summary_of(record), refresh=True)
 
+    def tell(self, event: Record) -> None:
+        """A line at once."""
+        line = f"step {event['step']}  {str(event['event']).upper()}: {event['text']}"
+        if self._bar is None:
+            self._write_line(line)
+        else:
+            self._console.print(line, highlight=False, markup=False)
+
     def _write_line(self, *parts: str) -> None:
         """Past rich, which would wrap it at a width that nobody has."""
         self._console.file.write("  ".join(part for part in parts if part) + "\n")

@@ -41,6 +41,14 @@ class FusedAdamW(torch.optim.AdamW):
             )
 
 
+_CLASSES: dict[str, type[torch.optim.AdamW]] = {"fused_adamw": FusedAdamW, "adamw": torch.optim.AdamW}
+
+
+def class_name(kind: str) -> str:
+    """Name of the optimizer class of a kind, as checkpoints record it."""
+    return _CLASSES[kind].__name__
+
+
 def make_adamw(kind: str, groups: list[dict[str, Any]], **defaults: Any) -> torch.optim.AdamW:
     """An AdamW of the given kind over existing parameter groups (their dicts are kept, so that others see changes).
 
@@ -49,8 +57,7 @@ def make_adamw(kind: str, groups: list[dict[str, Any]], **defaults: Any) -> torc
         groups: parameter groups of another optimizer.
         defaults: lr, betas, eps, weight_decay.
     """
-    optimizer_class = {"fused_adamw": FusedAdamW, "adamw": torch.optim.AdamW}[kind]
-    optimizer = optimizer_class([torch.nn.Parameter(torch.zeros(1))], **defaults)
+    optimizer = _CLASSES[kind]([torch.nn.Parameter(torch.zeros(1))], **defaults)
     for group in groups:
         group.update(optimizer.defaults)  # the groups carry the other optimizer's betas and eps
     optimizer.param_groups = groups

@@ -55,7 +55,6 @@ class Optimizer:
                 weight_decay=optim.weight_decay,
             )
             set_moments_to_zero(part.optimizer)
-        self.class_name = type(self._parts[0].optimizer).__name__ if self._parts else ""
 
     @property
     def _parts(self) -> list[MegatronOptimizer]:

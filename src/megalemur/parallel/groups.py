@@ -57,6 +57,16 @@ class Place:
         return parallel_state.get_data_parallel_group()
 
     @property
+    def tp_group(self) -> dist.ProcessGroup:
+        """Ranks that split the same layers; norms are whole on each."""
+        return parallel_state.get_tensor_model_parallel_group()
+
+    @property
+    def embedding_group(self) -> dist.ProcessGroup | None:
+        """First and last stage of this pipeline, which share a tied embedding; None on the stages between."""
+        return parallel_state.get_embedding_group() if parallel_state.is_rank_in_embedding_group() else None
+
+    @property
     def pp_group(self) -> dist.ProcessGroup:
         """The stages of this pipeline."""
         return parallel_state.get_pipeline_model_parallel_group()

@@ -9,8 +9,9 @@ import torch
 
 
 def records(metrics: Path) -> list[dict[str, Any]]:
-    """Every line of a metrics.jsonl."""
-    return [orjson.loads(line) for line in metrics.read_bytes().splitlines()]
+    """Every record of a metrics.jsonl; events are left out."""
+    lines = [orjson.loads(line) for line in metrics.read_bytes().splitlines()]
+    return [line for line in lines if "event" not in line]
 
 
 def validation_losses(lines: list[dict[str, Any]]) -> Iterator[tuple[str, float, float]]:

@@ -8,9 +8,12 @@ from megalemur.observe.observer import Observer, StepReport
 from megalemur.optim.schedule import learning_rate
 from megalemur.parallel.seeds import seed_step
 from megalemur.supervise.pulse import Section
-from megalemur.train.agreement import StopRequest, agree, draw
+from megalemur.supervise.signals import StopRequest
+from megalemur.train.agreement import agree, draw
+from megalemur.train.ahead import ReadAhead
 from megalemur.train.evaluate import validate
 from megalemur.train.guard import Verdict
+from megalemur.train.rollback import roll_back
 from megalemur.train.saving import begin_save, finish_save, prepare_saving, saves_ended
 from megalemur.train.setup import Run
 from megalemur.train.step import StepResult, train_step
@@ -21,17 +24,16 @@ def run_loop(run: Run, observers: Sequence[Observer], stop: StopRequest) -> bool
 
     Returns whether it was asked to stop.
     """
-    config, state = run.config, run.state
-    stopped = False
+    config, stopped = run.config, False
     prepare_saving(run)
-    feed = run.data.training.prefetched(state.samples, run.portion)
-    with closing(feed), closing(run.saver):  # ends the thread that reads ahead, and waits for a save in flight
-        while state.step < config.last_step:
+    with closing(ReadAhead(run)) as ahead, closing(run.saver):  # end the thread that reads and the save in flight
+        while run.state.step < config.last_step:
+            state = run.state
             run.pulse.step(state.step)
             seed_step(config.run.seed, state.step, run.place.pp_rank, run.place.dp_rank)
             run.clock.begin()
             started = time.monotonic()
-            drawn = draw(feed.__next__)
+            drawn = draw(ahead.next)
             waited = time.monotonic() - started
             stopped = agree(run.place, stop, drawn, saves_exhausted=run.saver.exhausted)
             if stopped:
@@ -41,10 +43,16 @@ def run_loop(run: Run, observers: Sequence[Observer], stop: StopRequest) -> bool
             advance(run, result)
             seconds = time.monotonic() - started
             report(run, observers, result, rate=rate, waited=waited, seconds=seconds)
-            if due(state.step, config.checkpoint.save_every):
+            if result.verdict is Verdict.STOP:
+                run.engine.guard.give_up()
+            if result.verdict is Verdict.ROLL_BACK:
+                with run.pulse.during(Section.SETUP, state.step):
+                    roll_back(run)
+                ahead.restart()
+            elif due(state.step, config.checkpoint.save_every):
                 save(run, observers)
         run.pulse.enter(Section.SAVE)  # waiting for one in flight is no step that hangs
-    if run.saver.saved_step != state.step:
+    if run.saver.saved_step != run.state.step:
         save(run, observers)
         finish_save(run)
     return stopped
@@ -52,7 +60,9 @@ def run_loop(run: Run, observers: Sequence[Observer], stop: StopRequest) -> bool
 
 def advance(run: Run, result: StepResult) -> None:
     """Count the step."""
-    state, skipped = run.state, result.verdict is Verdict.SKIP
+    state, skipped = run.state, result.verdict is not Verdict.APPLY
+    if skipped and not state.skipped_in_a_row:
+        state.rejected_from = state.samples
     state.step += 1
     state.updates += not skipped
     state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
@@ -85,7 +95,7 @@ def report(
         learning_rate=rate,
         tokens=config.tokens_per_step,
         samples=state.samples,
-        skipped=result.verdict is Verdict.SKIP,
+        skipped=result.verdict is not Verdict.APPLY,
         seconds=seconds,
         data_seconds=waited,
         rank_seconds=run.clock.everywhere(run.place) if logged else (),
@@ -93,6 +103,7 @@ def report(
         validation=losses,
         save_write_seconds=ended.seconds,
         failed_saves=ended.failed,
+        events=run.engine.guard.take_events(),
     )
     for observer in observers:
         observer.after_step(told)

@@ -187,19 +187,3 @@ def fill_pieces(origin: Origin, config: RunConfig, pieces: Sequence[Piece], grou
     initial = InitialWeights(config.model, config.run.seed)
     for piece in wanted:
         piece.tensor.copy_(initial.read(piece.name, piece.kind, piece.box))
-
-
-def refuse_changes(config: RunConfig, record: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse to resume with another backend, optimizer or library than the checkpoint records, unless asked for.
-
-    Raises:
-        ValueError: lists every difference.
-    """
-    differences = [
-        f"{key}: the checkpoint was written with {record[key]}, this run has {now[key]}"
-        for key in ("backend", "optimizer", "versions")
-        if key in record and record[key] != now[key] and key not in config.checkpoint.allow_changes
-    ]
-    if differences:
-        listing = "".join(f"\n  - {difference}" for difference in differences)
-        raise ValueError(f"resuming would change these; name them in checkpoint.allow_changes to accept it:{listing}")

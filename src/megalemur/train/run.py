@@ -1,9 +1,6 @@
 """A run from its config to its last checkpoint: what `megalemur train` calls."""
 
 import logging
-import os
-
-import torch
 
 from megalemur.config.run import RunConfig
 from megalemur.observe.build import build_observers
@@ -12,6 +9,7 @@ from megalemur.parallel.groups import Place, check_world, join, leave, world_fro
 from megalemur.supervise.pulse import Pulse, Section
 from megalemur.supervise.signals import StopRequest
 from megalemur.train.crash_loop import refuse_crash_loop
+from megalemur.train.deterministic import use_deterministic_kernels
 from megalemur.train.loop import run_loop
 from megalemur.train.setup import build_run, preflight
 
@@ -40,13 +38,13 @@ def train(config: RunConfig, stop: StopRequest | None = None, pulse: Pulse | Non
 
     Raises:
         ValueError: settings that do not fit the processes, the files or each other.
-        DataError, CheckpointError, NumericalStop, CrashLoop: see their rooms.
+        DataError, CheckpointError, NumericalStop, ReplicaError, CrashLoop: see their rooms.
     """
     stop, pulse = stop or StopRequest(), pulse or Pulse()
     check_world(config.parallel, world_from_environment()[1])
-    step = preflight(config)
     if config.run.deterministic:
         use_deterministic_kernels()
+    step = preflight(config)
     place = join(config.parallel, timeout_seconds=config.run.collective_timeout)
     setup_logging(place.label, place.rank)
     if config.run.stop_before is not None and stop.deadline is None and place.rank == 0:
@@ -83,11 +81,3 @@ def _train(config: RunConfig, place: Place, stop: StopRequest, pulse: Pulse) -> 
         pulse.enter(Section.ENDING)
         for observer in observers:
             observer.at_end()
-
-
-def use_deterministic_kernels() -> None:
-    """Deterministic forms of torch's and cuBLAS' kernels and of NCCL's reductions. Before the first CUDA call."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    os.environ.setdefault("NCCL_ALGO", "Ring")
-    torch.use_deterministic_algorithms(True, warn_only=False)
-    torch.backends.cudnn.benchmark = False

@@ -46,6 +46,8 @@ def _trainer_state(run: Run) -> dict[str, Any]:
         "run": run.state.to_json(),
         "data": training.history.to_json(),
         "ledger": training.ledger(run.state.samples),
+        "guard": run.engine.guard.state.model_dump(mode="json"),
+        "changes": run.changes.to_json(),
     }
 
 

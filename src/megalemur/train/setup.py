@@ -15,6 +15,7 @@ from megalemur.data.feed import Data, build_data
 from megalemur.data.history import History
 from megalemur.model.backend import resolve_backend
 from megalemur.model.llama import build_chunks, model_segments
+from megalemur.optim.adamw import class_name
 from megalemur.optim.gradients import wrap_chunks
 from megalemur.optim.optimizer import Optimizer
 from megalemur.parallel.groups import Place
@@ -22,9 +23,11 @@ from megalemur.parallel.seeds import seed_step
 from megalemur.parallel.state import Piece, Segment, pieces_of
 from megalemur.supervise.pulse import Pulse
 from megalemur.train.forward import ForwardStep
-from megalemur.train.guard import FiniteGuard
-from megalemur.train.origin import Origin, fill_pieces, refuse_changes
+from megalemur.train.guard import Guard, GuardState
+from megalemur.train.origin import Origin, fill_pieces
 from megalemur.train.pace import ReadyClock
+from megalemur.train.replicas import ReplicaCheck, circles_of
+from megalemur.train.resume import Changes, report_changes
 from megalemur.train.start import Start, Starts
 from megalemur.train.state import RunState
 from megalemur.train.step import Engine, Shape
@@ -44,6 +47,8 @@ class Run:
     record: dict[str, Any]
     """Facts about this run, as its checkpoints carry them."""
     clock: ReadyClock
+    changes: Changes
+    """What resumes have changed about the run."""
     saver: Saver
     pulse: Pulse = field(default_factory=Pulse)
     """Tells this rank's supervisor, where there is one, what the rank is doing."""
@@ -66,49 +71,48 @@ def build_run(config: RunConfig, place: Place) -> Run:
         ValueError, DataError, CheckpointError: what the run file names does not fit, on every rank alike.
     """
     backend = resolve_backend(config.model)
-    starts = Starts(config, place.cpu_group)
-    origin, state, history = starts.next()
+    record = build_record(config, backend)
+    starts = Starts(config, record, place.cpu_group)
+    origin, state, history, changes = starts.next()
     data = build_run_data(config, state, history)
     seed_step(config.run.seed, state.step, place.pp_rank, place.dp_rank)
-    chunks = build_chunks(config.model, config.parallel, config.precision)
+    chunks = build_chunks(config.model, config.parallel, config.precision, deterministic=config.run.deterministic)
     segments = model_segments(chunks, config.model)
     clock = ReadyClock(place.device)
     wrapped = wrap_chunks(chunks, config.parallel, config.precision, backward_done=clock.ready)
-    optimizer = Optimizer(wrapped, config.optim, config.parallel, config.precision)
-    record = build_record(config, backend, optimizer)
     engine = Engine(
         chunks=wrapped,
-        optimizer=optimizer,
+        optimizer=Optimizer(wrapped, config.optim, config.parallel, config.precision),
         forward=build_forward(config, place, backend),
-        guard=FiniteGuard(config.run.max_skipped_steps, state.skipped_in_a_row),
+        guard=Guard(config.guard),
         shape=build_shape(config),
         place=place,
     )
     saver = build_saver(config, place)
-    run = Run(config, place, engine, data, state, origin, segments, record, clock, saver)
+    run = Run(config, place, engine, data, state, origin, segments, record, clock, changes, saver)
+    engine.guard = build_guard(run)
     _load(run, starts)
+    report_changes(run.changes)
     return run
 
 
 def restore(run: Run) -> None:
     """Bring a run back to its newest good checkpoint, in this process: parameters, moments, counters, data, guard.
 
-    A collective. `run.data` is another one afterwards, whoever reads ahead in the old one closes it; `run.state` stays
-    the same object.
+    A collective. `run.data` and `run.state` are others afterwards; whoever reads ahead in the old data closes them.
 
     Raises:
         NoGoodCheckpoint, ValueError, DataError, CheckpointError: as `build_run`.
     """
-    starts = Starts(run.config, run.place.cpu_group)
+    run.saver.wait()
+    starts = Starts(run.config, run.record, run.place.cpu_group)
     _adopt(run, starts.next())
     _load(run, starts)
 
 
 def _load(run: Run, starts: Starts) -> None:
-    """Load the run's origin; while damage is found in it, the next older one."""
+    """Read the run's start into this rank's state; while damage is found in it, the next older one."""
     while True:
-        if run.origin.resumed:
-            refuse_changes(run.config, run.origin.record, run.record)
         try:
             fill_pieces(run.origin, run.config, run.pieces(), run.place.cpu_group)
             break
@@ -121,11 +125,27 @@ def _load(run: Run, starts: Starts) -> None:
 
 def _adopt(run: Run, start: Start) -> None:
     """Take over a start's position; nothing is loaded yet."""
-    run.data = build_run_data(run.config, start.state, start.history)
-    run.origin = start.origin
-    vars(run.state).update(vars(start.state))  # in place: the loop holds it
-    run.engine.guard = FiniteGuard(run.config.run.max_skipped_steps, start.state.skipped_in_a_row)
-    seed_step(run.config.run.seed, run.state.step, run.place.pp_rank, run.place.dp_rank)
+    run.origin, run.state, history, run.changes = start
+    run.data = build_run_data(run.config, run.state, history)
+    run.engine.guard = build_guard(run)
+
+
+def build_guard(run: Run) -> Guard:
+    """The guard of a run at its present step, with what the checkpoint says that it had seen."""
+    saved = GuardState.from_json((run.origin.state or {}).get("guard"))
+    engine, place = run.engine, run.place
+    replicas = ReplicaCheck(
+        place,
+        lambda: circles_of(run.config, place, engine.chunks, engine.optimizer, run.segments),
+        every=run.config.run.check_replicas_every,
+        steps_taken=run.state.step,
+    )
+    return Guard(
+        run.config.guard,
+        rejected_in_a_row=run.state.skipped_in_a_row,
+        state=GuardState() if run.changes.move_losses else saved,
+        compare_replicas=replicas.when_due,
+    )
 
 
 def preflight(config: RunConfig) -> int:
@@ -136,8 +156,7 @@ def preflight(config: RunConfig) -> int:
     Raises:
         ValueError, DataError, CheckpointError: as `build_run`.
     """
-    resolve_backend(config.model)
-    start = Starts(config).next()
+    start = Starts(config, build_record(config, resolve_backend(config.model))).next()
     build_run_data(config, start.state, start.history)
     return start.state.step
 
@@ -175,13 +194,13 @@ def build_shape(config: RunConfig) -> Shape:
     return Shape(data.sequence_length, data.micro_batch_size)
 
 
-def build_record(config: RunConfig, backend: str, optimizer: Optimizer) -> dict[str, Any]:
+def build_record(config: RunConfig, backend: str) -> dict[str, Any]:
     """What a checkpoint says about the run that wrote it."""
     names = ["megalemur", "torch", "megatron-core"] + (["transformer-engine"] if backend != "torch" else [])
     return {
         "layout": config.parallel.model_dump(mode="json"),
         "backend": backend,
-        "optimizer": optimizer.class_name,
+        "optimizer": class_name(config.optim.kind),
         "precision": config.precision.dtype,
         "device": "cpu" if not torch.cuda.is_available() else torch.cuda.get_device_name(),
         "python": platform.python_version(),

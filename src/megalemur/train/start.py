@@ -1,6 +1,7 @@
 """What a run may start from, best first: its own checkpoints from the newest down, else what the run file names."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -13,6 +14,7 @@ from megalemur.config.run import RunConfig
 from megalemur.data.errors import DataError
 from megalemur.data.history import History
 from megalemur.train.origin import Origin, find_origin
+from megalemur.train.resume import Changes, changes_at_resume
 from megalemur.train.state import RunState
 
 
@@ -23,13 +25,22 @@ class Start(NamedTuple):
     state: RunState
     history: History | None
     """None: a new run."""
+    changes: Changes
+    """What going on from there changes about the run."""
 
 
 class Starts:
     """Offers one start after the other. A collective over `group`; all ranks get the same."""
 
-    def __init__(self, config: RunConfig, group: dist.ProcessGroup | None = None):
-        self._config, self._peers = config, Peers(group)
+    def __init__(self, config: RunConfig, facts: Mapping[str, Any], group: dist.ProcessGroup | None = None):
+        """Nothing is read yet.
+
+        Args:
+            config: the run.
+            facts: of this process, as its checkpoints will record them.
+            group: CPU process group over all ranks; None: this process looks for itself.
+        """
+        self._config, self._facts, self._peers = config, facts, Peers(group)
         self._search = Search(config.checkpoint.directory, group)
         self._own: CheckpointReader | None = None
 
@@ -61,7 +72,7 @@ class Starts:
         attempt, found = Attempt(), None
         with attempt.step():
             origin = find_origin(self._config, self._own, self._peers)
-            found = Start(origin, *position(origin))
+            found = Start(origin, *position(origin), self._changes(origin))
         try:
             self._peers.raise_together(attempt.error, "looking for what to start from")
         except CheckpointError:
@@ -70,6 +81,11 @@ class Starts:
             raise
         assert found is not None
         return found
+
+    def _changes(self, origin: Origin) -> Changes:
+        if not origin.resumed or not isinstance(origin.reader, CheckpointReader):
+            return Changes()
+        return changes_at_resume(self._config, origin.reader, self._facts)
 
 
 def position(origin: Origin) -> tuple[RunState, History | None]:

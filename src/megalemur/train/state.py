@@ -19,6 +19,10 @@ class RunState:
     """Tokens that counted in a loss."""
     skipped_in_a_row: int = 0
     """Steps since the last update that was applied: a restart does not give the guard its patience back."""
+    rejected_from: int = 0
+    """Samples drawn when the first of those steps began; without meaning while there are none."""
+    rollbacks: int = 0
+    """Times that the run went back to a checkpoint."""
 
     def to_json(self) -> dict[str, int]:
         """For trainer/state.json."""

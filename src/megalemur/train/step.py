@@ -13,7 +13,7 @@ from megalemur.optim.gradients import zero_gradients
 from megalemur.optim.optimizer import Optimizer
 from megalemur.parallel.groups import Place
 from megalemur.train.forward import ForwardStep
-from megalemur.train.guard import FiniteGuard, Verdict
+from megalemur.train.guard import Guard, Verdict
 
 
 class Shape(NamedTuple):
@@ -30,7 +30,7 @@ class Engine:
     chunks: Sequence[torch.nn.Module]
     optimizer: Optimizer
     forward: ForwardStep
-    guard: FiniteGuard
+    guard: Guard
     shape: Shape
     place: Place
 

@@ -1,5 +1,4 @@
 import json
-import math
 import re
 from pathlib import Path
 
@@ -8,10 +7,14 @@ import pytest
 from megalemur.checkpoint.directory import open_manifest
 from megalemur.cli import exit_codes
 from megalemur.cli.failures import code_of, reported, text_for
+from megalemur.config.guard import GuardConfig
 from megalemur.config.load import parse_run
 from megalemur.data.indexed import IndexedFile
+from megalemur.observe.observer import Event
 from megalemur.supervise.endings import CHOSEN, Ending
-from megalemur.train.guard import FiniteGuard
+from megalemur.train.guard import Guard, Verdict
+from megalemur.train.rollback import check_patience
+from megalemur.train.state import RunState
 
 BAD_RUN = "run: {name: x, steps: 1, stps: 2}\nmodel: {preset: tiny}"
 
@@ -22,18 +25,25 @@ def caught(call, *args):
     return info.value
 
 
+def find_replicas_apart():
+    guard = Guard(GuardConfig(), compare_replicas=lambda: [Event("replicas", "rank 3 differs")])
+    assert guard.judge(1.0, 1.0) is Verdict.STOP
+    guard.give_up()
+
+
 @pytest.mark.parametrize(
     ("call", "code"),
     [
         (lambda directory: parse_run(BAD_RUN), exit_codes.BAD_CONFIG),
         (lambda directory: IndexedFile(directory / "absent"), exit_codes.BAD_DATA),
         (lambda directory: open_manifest(directory), exit_codes.NO_GOOD_CHECKPOINT),
-        (lambda directory: FiniteGuard(1).judge(math.nan, 1.0), exit_codes.NUMERICAL_STOP),
+        (lambda directory: check_patience(GuardConfig(max_rollbacks=0), RunState()), exit_codes.NUMERICAL_STOP),
+        (lambda directory: find_replicas_apart(), exit_codes.REPLICAS_DIFFER),
         (lambda directory: Ending("hung", 0, "why").finish(), exit_codes.HANG),
         (lambda directory: Ending("died", 0, "why").finish(), exit_codes.RANK_DIED),
         (lambda directory: Ending("twice", 0, "why").finish(), exit_codes.STOPPED_TWICE),
     ],
-    ids=["config", "data", "checkpoint", "numbers", "hang", "death", "twice"],
+    ids=["config", "data", "checkpoint", "numbers", "replicas", "hang", "death", "twice"],
 )
 def test_each_room_s_error_has_its_code(call, code, tmp_path):
     assert code_of(caught(call, tmp_path)) == code

@@ -109,6 +109,7 @@ FIRES = {
         ("checkpoint.load=all", "checkpoint.load=all has no effect without checkpoint.start_from"),
         ("checkpoint.load=weights", "checkpoint.load=weights has no effect without checkpoint.start_from"),
     ],
+    "guard_window": [("guard.window=8 guard.min_values=9", "use guard.min_values=8 or less")],
 }
 # check -> runs near to those above that nobody objects to
 PASSES = {
@@ -172,6 +173,7 @@ PASSES = {
         "checkpoint.keep=2",
     ],
     "load_from_somewhere": ["checkpoint.load=all checkpoint.start_from=here", "checkpoint.start_from=here"],
+    "guard_window": ["guard.window=8 guard.min_values=8"],
 }
 
 

@@ -12,9 +12,9 @@ import orjson
 import pytest
 from typer.testing import CliRunner
 
-from data_prep import build as build_module
 from data_prep import decontaminate, deduplicate, merge_index, plan, split_index, verify, work
 from data_prep.errors import WorkError
+from data_prep.join import Joiner
 from data_prep.verify_index import app as verify_app
 from data_prep.work import Work
 from megalemur.data.indexed import IndexedFile
@@ -214,18 +214,18 @@ def files_end_at(size: int):
 
 
 def test_a_disk_that_is_full_when_shards_are_joined(begun, monkeypatch):  # noqa: F811
-    join = build_module.join_units
+    add = Joiner.add
     with files_end_at(resource.RLIM_INFINITY):
 
-        def fill(*arguments):
+        def fill(joiner, extent):
             resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-            join(*arguments)
+            add(joiner, extent)
 
-        monkeypatch.setattr(build_module, "join_units", fill)
+        monkeypatch.setattr(Joiner, "add", fill)
         said = build(begun / "a.jsonl", begun / "a", "--skip-bad", 1, code=24)
     assert "make room and run the same command again: finished units stay" in said.replace("\n", " ")
     assert sorted(path.name for path in begun.iterdir()) == ["a.jsonl", "a.work"]
-    monkeypatch.setattr(build_module, "join_units", join)
+    monkeypatch.setattr(Joiner, "add", add)
     assert "going on with" in build(begun / "a.jsonl", begun / "a", "--skip-bad", 1)
 
 

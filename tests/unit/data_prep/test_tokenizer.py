@@ -26,15 +26,16 @@ def test_a_conversion_with_merges_in_another_order_is_noticed():
 
 @pytest.mark.parametrize("text", ["a" * 2_000_000, "def f(x): return 1\n" * 100_000, " " * 1_000_000])
 def test_long_documents_take_time_in_proportion(text):
-    """A tokenizer of this kind took 6.6 hours for 16 M characters: quadratic. Ratios of times, generous ones."""
+    """A tokenizer of this kind took 6.6 hours for 16 M characters: quadratic. Sixteen times the text must take nearer to
+    16 than to 256 times as long."""
     engine = fast_engine(MODEL)
     engine.encode([text[:1000]])
     seconds = []
-    for part in (text[: len(text) // 8], text):
+    for part in (text[: len(text) // 16], text):
         began = time.process_time()
         engine.encode([part])
         seconds.append(time.process_time() - began)
-    assert seconds[1] < 24 * max(seconds[0], 0.01), seconds
+    assert seconds[1] < 64 * max(seconds[0], 0.01), seconds
 
 
 def byte_level(directory, *added):

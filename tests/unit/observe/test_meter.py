@@ -123,3 +123,13 @@ def test_device_facts_enter_the_record():
     meter = Meter(work(), device_facts=lambda: {"peak_memory_bytes": 7})
     meter.add(report())
     assert meter.record(report())["peak_memory_bytes"] == 7
+
+
+def test_eta_is_none_the_shorter_for_a_rollback():
+    clock = Clock()
+    meter = Meter(work(), clock=clock)
+    for step in (5, 6, 7, 4):  # back from 7 to 3
+        meter.add(report(step))
+        clock.now += 10.0
+    clock.now -= 10.0
+    assert meter.record(report(4))["eta_seconds"] == pytest.approx(6 * 10.0)

@@ -152,3 +152,19 @@ def test_peak_teraflops_of_the_run_file_gives_utilisation(tmp_path):
     watch(run_config(tmp_path, "log.peak_teraflops=0.01"), 0, [report(1)])
     record = records(tmp_path)[0]
     assert 0 < record["mfu_causal_attention"] < record["mfu_full_attention"]
+
+
+def test_events_are_written_when_they_happen_and_records_when_they_are_due(tmp_path):
+    from megalemur.observe.observer import Event
+
+    config = run_config(tmp_path, "log.every=5")
+    observers = build_observers(config, rank=0, label="tp0 pp0 dp0", first_step=0)
+    event = Event("spike", "loss 9", {"rejected_in_a_row": 1})
+    for step in range(1, 6):
+        for observer in observers:
+            observer.after_step(report(step, events=[event] if step == 2 else []))
+    for observer in observers:
+        observer.at_end()
+    lines = [orjson.loads(line) for line in (tmp_path / "metrics.jsonl").read_bytes().splitlines()]
+    assert [(line["step"], line.get("event")) for line in lines] == [(2, "spike"), (5, None)]
+    assert (lines[0]["text"], lines[0]["rejected_in_a_row"]) == ("loss 9", 1)

@@ -104,3 +104,17 @@ def test_tensorboard_takes_the_numbers_and_a_resume_hides_what_it_repeats(tmp_pa
     second.write({"step": 3, "loss": 30.0, "skipped": False})
     second.close()
     assert scalars_of(tmp_path) == {"loss": [(1, 1.0), (2, 2.0), (3, 30.0)], "skipped": [(3, 0.0)]}
+
+
+def test_an_event_is_a_line_of_its_own_among_the_records(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    sink = Guarded("metrics", lambda: JsonLines(path))
+    sink.write({"step": 1, "loss": 2.5})
+    sink.tell({"step": 2, "event": "spike", "text": "loss 9", "loss": 9.0})
+    assert lines_of(path)[1] == {"step": 2, "event": "spike", "text": "loss 9", "loss": 9.0}
+
+
+def test_an_event_that_cannot_be_written_stops_nothing(tmp_path, caplog):
+    (tmp_path / "log").write_text("a file where a directory is wanted")
+    Guarded("metrics", lambda: JsonLines(tmp_path / "log" / "metrics.jsonl")).tell({"step": 2, "event": "skip"})
+    assert "records are lost" in caplog.text

@@ -66,3 +66,12 @@ def test_a_skipped_step_and_the_utilisation_are_shown():
     assert summary_of(record(1, skipped=True, mfu_causal_attention=0.4321)).endswith(
         "MFU 43.2% causal  ETA 0:01:02  SKIPPED"
     )
+
+
+def test_an_event_is_a_line_at_once(tmp_path):
+    for terminal in (False, True):
+        out = io.StringIO()
+        sink = Terminal(Console(file=out, force_terminal=terminal, width=160), run_config(tmp_path))
+        sink.tell({"step": 7, "time": "now", "event": "rollback", "text": "from step 7 back to [step_000004]"})
+        sink.close()
+        assert "step 7  ROLLBACK: from step 7 back to [step_000004]" in out.getvalue()
