@@ -26,8 +26,8 @@ def test_a_conversion_with_merges_in_another_order_is_noticed():
 
 @pytest.mark.parametrize("text", ["a" * 2_000_000, "def f(x): return 1\n" * 100_000, " " * 1_000_000])
 def test_long_documents_take_time_in_proportion(text):
-    """A tokenizer of this kind took 6.6 hours for 16 M characters: quadratic. Sixteen times the text must take nearer to
-    16 than to 256 times as long."""
+    """A tokenizer of this kind took 6.6 hours for 16 M characters: quadratic. Sixteen times the text must take nearer
+    to 16 than to 256 times as long."""
     engine = fast_engine(MODEL)
     engine.encode([text[:1000]])
     seconds = []
