@@ -76,7 +76,7 @@ class Office(Protocol):
 
 def open_office(config: RunConfig, setting: Setting, requeue: int) -> Office:
     if setting.rank > 0:
-        return Away(setting)
+        return Away(setting, config.run.collective_timeout)
     terms = Terms(
         world_size=setting.world_size,
         requeue=requeue,
@@ -158,7 +158,8 @@ class AtHome:
 class Away:
     """Another rank's office: a connection to rank 0's."""
 
-    def __init__(self, setting: Setting):
+    def __init__(self, setting: Setting, join_seconds: float):
+        self._give_up = time.monotonic() + join_seconds
         self._where = "{}:{}".format(*setting.address)
         self._caller = Caller(setting.address, {"rank": setting.rank, "token": setting.token})
         self._grave: tuple[float, Message] | None = None
@@ -182,6 +183,9 @@ class Away:
             return Ending("died", 0, text).to_json()
         if not self._caller.connected and self._grave is not None:
             return self._alone(*self._grave)
+        if not self._caller.connected and time.monotonic() > self._give_up:
+            text = f"rank 0's supervisor could not be reached at {self._where}; is it there?"
+            return Ending("died", 0, text).to_json()
         return None
 
     def _alone(self, since: float, message: Message) -> Message | None:
