@@ -10,12 +10,14 @@ from tests.support.ranks import run_ranks
 from tests.support.tiny import tiny_run, write_data
 
 P = "parallel."
+KEEPING = ("checkpoint.keep=2", "checkpoint.save_every=5")
 CHANGED = {
     "run.name": "run.name=another",
     "run.steps": "run.steps=12",
     "run.seed": "run.seed=5",
     "run.deterministic": "run.deterministic=true",
     "run.stop_at": "run.stop_at=5",
+    "run.stop_before": "run.stop_before=20min",
     "run.check_replicas_every": "run.check_replicas_every=3",
     "run.collective_timeout": "run.collective_timeout=60",
     "run.collect_garbage_every": "run.collect_garbage_every=5",
@@ -88,10 +90,17 @@ CHANGED = {
     "data.document_mask": "data.document_mask=intra",
     "data.tokenizer": "data.tokenizer=HERE/tokenizer.model",
     "checkpoint.start_from": "checkpoint.start_from=HERE/hf",
+    "checkpoint.load": ("checkpoint.load=weights", "checkpoint.start_from=HERE/hf"),
     "checkpoint.save_every": "checkpoint.save_every=5",
+    "checkpoint.asynchronous": "checkpoint.asynchronous=false",
     "checkpoint.keep": "checkpoint.keep=2",
+    "checkpoint.keep_every": (*KEEPING, "checkpoint.keep_every=10"),
+    "checkpoint.keep_weights_every": (*KEEPING, "checkpoint.keep_weights_every=10"),
+    "checkpoint.read_back": "checkpoint.read_back=false",
+    "checkpoint.max_failed_saves": "checkpoint.max_failed_saves=1",
     "checkpoint.export_dtype": "checkpoint.export_dtype=bf16",
     "checkpoint.max_file_bytes": "checkpoint.max_file_bytes=100000",
+    "checkpoint.weight_files": "checkpoint.weight_files=2",
     "checkpoint.allow_changes": "checkpoint.allow_changes=[versions]",
     "log.directory": "log.directory=HERE/other",
     "log.every": "log.every=5",
@@ -101,6 +110,9 @@ CHANGED = {
     "log.profiler.ranks": "log.profiler.start_step=5",
     "log.memory_snapshot": "log.memory_snapshot=true",
     "log.peak_teraflops": "log.peak_teraflops=1",
+    "watchdog.enabled": "watchdog.enabled=false",
+    "watchdog.timeout": "watchdog.timeout=20",
+    "watchdog.slow_timeout": "watchdog.slow_timeout=600",
 }
 ELSEWHERE = {
     "model.preset",  # a name beside settings that are all given
@@ -134,18 +146,16 @@ def outcome(config):
     """(settings that are recorded, what is refused) when this run is started again, without a process group."""
     import torch.distributed as dist
 
-    from megalemur.checkpoint.directory import newest_checkpoint
-    from megalemur.train.resume import changes_at_resume
     from megalemur.train.setup import build_record, preflight
+    from megalemur.train.start import Starts
 
     assert not dist.is_initialized()
     try:
         preflight(config)
     except ValueError as error:
         return [], str(error)
-    newest = newest_checkpoint(config.checkpoint.directory).path
-    changes = changes_at_resume(config, newest, build_record(config, "torch"))
-    return [change.setting for change in changes.new], ""
+    start = Starts(config, build_record(config, "torch")).next()
+    return [change.setting for change in start.changes.new], ""
 
 
 def outcomes(configs):

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from megalemur.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from megalemur.checkpoint.exchange import Attempt, Peers
 from megalemur.checkpoint.manifest import STATE
-from megalemur.checkpoint.read import CheckpointReader
+from megalemur.checkpoint.read import CheckpointReader, TensorReader
 from megalemur.checkpoint.search import Search
 from megalemur.config.run import RunConfig
 from megalemur.data.errors import DataError
@@ -71,8 +71,12 @@ class Starts:
     def _start(self) -> Start:
         attempt, found = Attempt(), None
         with attempt.step():
+            # first: it lists everything that does not fit at once, the model's settings among them
+            changes = self._changes(self._own)
             origin = find_origin(self._config, self._own, self._peers)
-            found = Start(origin, *position(origin), self._changes(origin))
+            if self._own is None and origin.resumed:
+                changes = self._changes(origin.reader)
+            found = Start(origin, *position(origin), changes)
         try:
             self._peers.raise_together(attempt.error, "looking for what to start from")
         except CheckpointError:
@@ -82,10 +86,10 @@ class Starts:
         assert found is not None
         return found
 
-    def _changes(self, origin: Origin) -> Changes:
-        if not origin.resumed or not isinstance(origin.reader, CheckpointReader):
+    def _changes(self, reader: TensorReader | None) -> Changes:
+        if not isinstance(reader, CheckpointReader):
             return Changes()
-        return changes_at_resume(self._config, origin.reader, self._facts)
+        return changes_at_resume(self._config, reader, self._facts)
 
 
 def position(origin: Origin) -> tuple[RunState, History | None]:
