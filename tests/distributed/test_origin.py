@@ -58,7 +58,8 @@ def begin(config):
     """(step, where from, warnings) of a run that starts, after it saved what it holds elsewhere."""
     import logging
 
-    from megalemur.train.saving import save_run
+    from megalemur.checkpoint.save import save_checkpoint
+    from megalemur.train.saving import contents_of
 
     said = []
     handler = logging.Handler()
@@ -66,9 +67,9 @@ def begin(config):
     logging.getLogger("megalemur").addHandler(handler)
     run = start(config)
     origin = None if run.origin.reader is None else run.origin.reader.path
-    settings = config.checkpoint.model_copy(update={"directory": config.checkpoint.directory.parent / "again"})
-    run.config = config.model_copy(update={"checkpoint": settings})
-    return run.state, origin, said, save_run(run)
+    elsewhere = config.checkpoint.directory.parent / "again"
+    saved = save_checkpoint(elsewhere, contents_of(run), group=run.place.cpu_group, max_file_bytes=1 << 30)
+    return run.state, origin, said, saved
 
 
 def begun(directory, *overrides, ranks=1):
