@@ -46,7 +46,7 @@ bench-data: setup  ## the preprocessor beside a pool, its engine and cp; its mem
 	$(BIN)/python -W ignore benchmarks/data_prep.py memory --megabytes 10000
 
 bench-checkpoint: setup  ## saves with digests, in the background and beside cp, on 1, 2 and 4 ranks
-	$(BIN)/python -W ignore benchmarks/checkpoint.py digests
+	$(BIN)/python -W ignore benchmarks/checkpoint.py hashes
 	$(BIN)/python -W ignore benchmarks/checkpoint.py
 
 bench-gpu: setup  ## the same on a GPU, at the width of Llama-2-70B

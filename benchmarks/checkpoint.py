@@ -2,7 +2,8 @@
 
     python benchmarks/checkpoint.py                       # 1 GB of state and weights, on 1, 2 and 4 gloo ranks
     python benchmarks/checkpoint.py --ranks 2 --rounds 31 --directory DIR
-    python benchmarks/checkpoint.py digests               # hash functions beside each other
+    python benchmarks/checkpoint.py --only digests        # more rounds of one comparison: digests or background
+    python benchmarks/checkpoint.py hashes                # hash functions beside each other
 
 A round takes one of each in turns; figures are medians over the rounds, ratios medians of the rounds' ratios: disks and
 machines drift, pairs do not. cp copies a file of as many bytes from memory (tmpfs) to the same disk and syncs it. Its
@@ -167,8 +168,8 @@ class Bench:
                     if compare:
                         digests.refuse_other_bytes(path, entry, chunk, data)
 
-    def round(self, turn: int) -> dict[str, float]:
-        """One of each; every other round in the opposite order."""
+    def round(self, turn: int, only: str) -> dict[str, float]:
+        """One of each, or of those compared; every other round in the opposite order."""
         seconds: dict[str, float] = {}
 
         def plain() -> None:
@@ -177,6 +178,8 @@ class Bench:
 
         def digested() -> None:
             seconds["save"] = self.timed(self.save)
+            if only != "all":
+                return
             seconds["read without digests"] = self.timed(lambda: self.reading(compare=False))
             seconds["read"] = self.timed(lambda: self.reading(compare=True))
             manifest = open_manifest(self.path)
@@ -188,36 +191,40 @@ class Bench:
         def copied() -> None:
             seconds["cp"] = self.timed(self.copy)
 
-        parts = [plain, digested, copied, background]
+        compared = {"digests": [plain, digested], "background": [digested, background]}
+        parts = compared.get(only, [plain, digested, copied, background])
         for part in parts if turn % 2 else reversed(parts):
             part()
             self.clear()
         return seconds
 
 
-def rank_main(directory: Path, memory: Path, rounds: int) -> None:
+def rank_main(directory: Path, memory: Path, rounds: int, only: str) -> None:
     """One process of a group; rank 0 prints."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["WORLD_SIZE"])))
     if int(os.environ["WORLD_SIZE"]) > 1:
         dist.init_process_group("gloo", timeout=timedelta(minutes=10))
     bench = Bench(directory, memory)
-    bench.round(0)  # first touches of memory, disk and connections are nobody's cost
-    found = [bench.round(turn) for turn in range(rounds)]
+    bench.round(0, only)  # first touches of memory, disk and connections are nobody's cost
+    found = [bench.round(turn, only) for turn in range(rounds)]
     # blocked is each rank's own: the slowest holds up the step
-    blocked = bench.peers.all_gather([seconds["blocked"] for seconds in found])
-    for turn, seconds in enumerate(found):
-        seconds["blocked"] = max(own[turn] for own in blocked)
+    if only != "digests":
+        blocked = bench.peers.all_gather([seconds["blocked"] for seconds in found])
+        for turn, seconds in enumerate(found):
+            seconds["blocked"] = max(own[turn] for own in blocked)
     if bench.peers.rank == 0:
         report(found, bench.peers.size, memory.stat().st_size)
     bench.barrier()
 
 
-RATIOS: dict[str, tuple[Callable[[dict[str, float]], float], str]] = {
-    "save / save without digests": (lambda s: s["save"] / s["save without digests"], "at most 1.05"),
-    "read / read without digests": (lambda s: s["read"] / s["read without digests"], "at most 1.10"),
-    "blocked / save": (lambda s: s["blocked"] / s["save"], "at most 0.15"),
-    "save's throughput / cp's": (lambda s: s["cp"] / s["save"], "at least 0.70"),
-}
+RATIOS = (
+    ("save / save without digests", ("save",), ("save without digests",), "at most 1.05"),
+    ("read / read without digests", ("read",), ("read without digests",), "at most 1.10"),
+    ("blocked / save", ("blocked",), ("save",), "at most 0.15"),
+    ("blocked / save and read back", ("blocked",), ("save", "read back"), ""),
+    ("save's throughput / cp's", ("cp",), ("save",), "at least 0.70"),
+)
+"""Name, times of the numerator, of the denominator, bar."""
 
 
 def report(found: list[dict[str, float]], ranks: int, size: int) -> None:
@@ -229,8 +236,10 @@ def report(found: list[dict[str, float]], ranks: int, size: int) -> None:
     for name in found[0]:
         values = sorted(seconds[name] for seconds in found)
         table.add_row(name, f"{statistics.median(values):.3f} s", *_spread(values), "")
-    for name, (ratio, bar) in RATIOS.items():
-        values = sorted(map(ratio, found))
+    for name, above, below, bar in RATIOS:
+        if not all(part in found[0] for part in (*above, *below)):
+            continue
+        values = sorted(sum(s[part] for part in above) / sum(s[part] for part in below) for s in found)
         table.add_row(name, f"{statistics.median(values):.3f}", *_spread(values), bar)
     console.print(table)
 
@@ -242,7 +251,7 @@ def _spread(values: list[float]) -> tuple[str, str]:
     return f"{values[low]:.3f} to {values[high]:.3f}", f"{values[n // 4]:.3f} to {values[3 * n // 4]:.3f}"
 
 
-def group(ranks: int, rounds: int, directory: Path | None) -> None:
+def group(ranks: int, rounds: int, directory: Path | None, only: str) -> None:
     """Start the processes of one group and wait for them."""
     scratch = Path(tempfile.mkdtemp(prefix="bench-checkpoint-", dir=directory))
     memory = Path(tempfile.mkdtemp(prefix="bench-checkpoint-", dir="/dev/shm"))
@@ -252,7 +261,7 @@ def group(ranks: int, rounds: int, directory: Path | None) -> None:
         port = probe.getsockname()[1]
     try:
         (memory / "bytes").write_bytes(np.random.default_rng(0).bytes(size))
-        command = [sys.executable, "-W", "ignore", __file__, "rank", "--rounds", f"{rounds}"]
+        command = [sys.executable, "-W", "ignore", __file__, "rank", "--rounds", f"{rounds}", "--only", only]
         command += ["--directory", str(scratch), "--memory", str(memory / "bytes")]
         world = {"WORLD_SIZE": f"{ranks}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}", "OMP_NUM_THREADS": "1"}
         processes = [subprocess.Popen(command, env={**os.environ, **world, "RANK": f"{rank}"}) for rank in range(ranks)]
@@ -285,19 +294,20 @@ def compare_digests() -> None:
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("role", nargs="?", choices=("all", "digests", "rank"), default="all")
+    parser.add_argument("role", nargs="?", choices=("all", "hashes", "rank"), default="all")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", choices=("all", "digests", "background"), default="all")
     parser.add_argument("--directory", type=Path, help="on the disk to measure")
     parser.add_argument("--memory", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.role == "rank":
-        rank_main(args.directory, args.memory, args.rounds)
-    elif args.role == "digests":
+        rank_main(args.directory, args.memory, args.rounds, args.only)
+    elif args.role == "hashes":
         compare_digests()
     else:
         for ranks in args.ranks:
-            group(ranks, args.rounds, args.directory)
+            group(ranks, args.rounds, args.directory, args.only)
 
 
 if __name__ == "__main__":

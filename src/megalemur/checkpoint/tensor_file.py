@@ -5,7 +5,8 @@ gathered tensors must cost one tensor. The format: a length (8 bytes, little-end
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -50,6 +51,7 @@ class TensorFileWriter:
         self._parts: list[memoryview] = []
         self._part_bytes = self._written = self._started = 0
         self._file = disk.create(path)
+        self._digesting = ThreadPoolExecutor(1, thread_name_prefix="megalemur-digest")
         self._put(memoryview(_header(specs)))
 
     def __enter__(self) -> "TensorFileWriter":
@@ -59,6 +61,7 @@ class TensorFileWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._parts.clear()
+        self._digesting.shutdown()
         disk.close(self._file)
 
     def write(self, name: str, tensor: torch.Tensor, *, passing: bool = False) -> None:
@@ -95,12 +98,18 @@ class TensorFileWriter:
             if self._part_bytes == WRITE_BYTES:
                 self._flush()
 
-    def _flush(self) -> None:
-        # digested right before they are written: the second reader finds them in the processor's cache
-        for part in self._parts:
+    def _digest_parts(self, parts: Sequence[memoryview]) -> None:
+        for part in parts:
             self._digest.update(part)
+
+    def _flush(self) -> None:
         if self._parts:
-            disk.write(self._file, self._parts)
+            # digested while they are written, by a thread that a free core takes; both let go of the interpreter's lock
+            digested = self._digesting.submit(self._digest_parts, tuple(self._parts))
+            try:
+                disk.write(self._file, self._parts)
+            finally:
+                digested.result()
         self._written += self._part_bytes
         self._parts.clear()
         self._part_bytes = 0
