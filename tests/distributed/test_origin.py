@@ -274,11 +274,10 @@ def restore_twice(config):
     from megalemur.train.setup import restore
 
     run = start(config)
-    state = run.state
     told = [take_steps(run, 9)]
     for _ in range(2):
         restore(run)
-        assert run.state is state and state.step == 6 and state.samples == 48
+        assert run.state.step == 6 and run.state.samples == 48
         told.append(take_steps(run, 9))
     return told
 

@@ -115,4 +115,4 @@ def _kept(reader: CheckpointReader) -> tuple[Change, ...]:
     try:
         return tuple(Change.model_validate(change) for change in reader.state.get("changes", ()))
     except (ValidationError, AttributeError, TypeError) as error:
-        raise DamagedCheckpoint(reader.path / STATE, f"changes are not what a run writes: {error}") from error
+        raise DamagedCheckpoint(reader.path / STATE, f"cannot be used: changes: {error}") from error
