@@ -10,7 +10,7 @@ from megalemur.cli import exit_codes
 from tests.support.launched import Fault, launched, wait_for
 from tests.support.tiny import tiny_run
 
-STEP, SAVE = "megalemur.train.loop:train_step", "megalemur.train.loop:save_run"
+STEP, SAVE = "megalemur.train.loop:train_step", "megalemur.checkpoint.saver:write_checkpoint"
 TWO = ("parallel.data=2", "run.steps=100000", "run.collective_timeout=60")
 TIMEOUT = 4
 
