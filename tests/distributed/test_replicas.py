@@ -1,23 +1,14 @@
 """A bit that flips in one replica is found and named; clean steps of all layouts raise no alarm."""
 
 import pytest
-import torch
 
+from tests.support.poison import flip
 from tests.support.ranks import run_ranks
 from tests.support.tiny import tiny_run
 from tests.support.training import start, take_steps
 
 P = "parallel."
 REPLICATED = f"{P}distributed_optimizer=false"
-
-
-def flip(tensor, element, bit):
-    """Change one bit of one element."""
-    width = {2: torch.int16, 4: torch.int32}[tensor.element_size()]
-    words = tensor.detach().view(-1).view(width)
-    # shifted in Python: the sign bit of a word is no positive number of its width
-    mask = (1 << bit) - (1 << 8 * tensor.element_size() if bit == 8 * tensor.element_size() - 1 else 0)
-    words[element] ^= mask
 
 
 def check_of(run):

@@ -1,44 +1,34 @@
-"""Random schedules of saves, kills, restarts and damage: there is always a checkpoint that verifies.
+"""Random schedules of saves, kills, restarts and damage: there is always a checkpoint that verifies."""
 
-python -m tests.faults.retention --trials 1000 --seed 1
-"""
-
-import argparse
-import time
+from pathlib import Path
 
 import hypothesis
 from hypothesis import HealthCheck, given, settings
 
+from tests.faults.campaign import Campaign, Trial
 from tests.unit.checkpoint.test_retention import EVENTS, RULES, check_schedule
 
+_SCHEDULES = 20
 
-def run(trials: int, seed: int) -> int:
-    """Try so many schedules; how many there were. An AssertionError shows the smallest one that fails."""
-    tried = 0
 
-    @hypothesis.seed(seed)
-    @settings(max_examples=trials, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+def trial(_: Path, trial: Trial) -> str:
+    """Some schedules; hypothesis shows the smallest one that fails."""
+
+    @hypothesis.seed(trial.chance.randrange(1 << 32))
+    @settings(max_examples=_SCHEDULES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(RULES, EVENTS)
-    def trial(rules, events):
-        nonlocal tried
+    def schedules(rules, events):
         check_schedule(rules, events)
-        tried += 1
 
-    trial()
-    return tried
-
-
-def main() -> None:
-    """Parse, try, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trials", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    began = time.monotonic()
-    tried = run(args.trials, args.seed)
-    seconds = time.monotonic() - began
-    print(f"{tried} schedules, after each event a checkpoint that verifies: {seconds:.0f} s")  # noqa: T201
+    schedules()
+    return f"{_SCHEDULES} schedules"
 
 
-if __name__ == "__main__":
-    main()
+CAMPAIGN = Campaign(
+    target=50,
+    what=f"random schedules of saves, kills at any effect on the disk, restarts and damage, {_SCHEDULES} a trial",
+    passes="never below one checkpoint that verifies; what is to stay for good is there",
+    prepare=lambda directory: directory,
+    trial=trial,
+    has_real=False,
+)

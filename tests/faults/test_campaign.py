@@ -1,11 +1,13 @@
 """Campaigns: a slice of each, and that a failed trial is recorded and trials add up."""
 
+import os
 import random
 from pathlib import Path
 
 import pytest
 
 from tests.faults import campaign as module
+from tests.faults import crash_points
 from tests.faults.campaign import NAMES, Campaign, load, read_batches, run
 from tests.faults.reliability import PAGE, render
 
@@ -36,6 +38,26 @@ def test_trials_add_up_and_failures_are_kept(tmp_path: Path, monkeypatch: pytest
 
 def test_the_page_is_that_of_the_results() -> None:
     assert PAGE.read_text() == render()
+
+
+SLICES = {"damage": 15, "crash_points": 3, "replica_flips": 2, "builds": 0, "resume_same_layout": 0}
+"""Trials in each run of the tests, where not one: building and resuming have tests of their own."""
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if SLICES.get(name, 1)])
+def test_a_slice_passes(tmp_path: Path, name: str) -> None:
+    campaign, seed = load(name), os.getpid()
+    (tmp_path / "shared").mkdir()
+    shared = campaign.prepare(tmp_path / "shared")
+    for number in range(1, SLICES.get(name, 1) + 1):
+        (tmp_path / f"{number}").mkdir()
+        chance = random.Random(f"{name}/{seed}/{number}")
+        campaign.trial(shared, module.Trial(number, chance, tmp_path / f"{number}", real=False))
+
+
+def test_the_crash_points_are_all_of_them(tmp_path: Path) -> None:
+    points = sum(len(recording.effects) + 1 for recording in crash_points.prepare(tmp_path))
+    assert crash_points.CAMPAIGN.target == points
 
 
 @pytest.mark.parametrize("name", NAMES)
