@@ -27,7 +27,16 @@ import orjson
 from rich.console import Console
 
 RESULTS = Path(__file__).parent / "results"
-NAMES = ("builds", "resume_same_layout", "resume_other_layout")
+NAMES = (
+    "builds",
+    "resume_same_layout",
+    "resume_other_layout",
+    "kills",
+    "crash_points",
+    "damage",
+    "disk_full",
+    "retention",
+)
 """Modules of this folder, each with a CAMPAIGN."""
 _REAL_EVERY = 10
 _FLUSH_SECONDS = 60
@@ -59,6 +68,8 @@ class Campaign:
     """Makes what all trials of a run share, in a directory that lasts as long."""
     trial: Callable[[Any, Trial], str]
     """One trial; returns a word for what was hit (a phase, a layout), raises AssertionError where it did not pass."""
+    real_every: int = _REAL_EVERY
+    """Every so many trials one is real; 0: none, they run in one process."""
 
 
 @dataclass
@@ -116,7 +127,7 @@ def run(name: str, *, trials: int, seed: int, seconds: float | None = None, resu
 
 def _try(name: str, campaign: Campaign, shared: Any, number: int, batch: Batch, scratch: Path) -> None:
     chance = random.Random(f"{name}/{batch.seed}/{number}")
-    real = number % _REAL_EVERY == 0
+    real = campaign.real_every > 0 and number % campaign.real_every == 0
     began = time.monotonic()
     with tempfile.TemporaryDirectory(dir=scratch) as directory:
         try:
