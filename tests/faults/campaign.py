@@ -31,14 +31,16 @@ NAMES = (
     "builds",
     "resume_same_layout",
     "resume_other_layout",
+    "kills",
+    "crash_points",
     "damage",
+    "disk_full",
     "deaths",
     "signals",
     "stalls",
     "nans",
     "replica_flips",
     "retention",
-    "crash_points",
 )
 """Modules of this folder, each with a CAMPAIGN."""
 _REAL_EVERY = 10
@@ -71,8 +73,8 @@ class Campaign:
     """Makes what all trials of a run share, in a directory that lasts as long."""
     trial: Callable[[Any, Trial], str]
     """One trial; returns a word for what was hit (a phase, a layout), raises AssertionError where it did not pass."""
-    has_real: bool = True
-    """Whether every tenth trial goes through the launcher; faults inside a rank's tensors cannot."""
+    real_every: int = _REAL_EVERY
+    """Every so many trials one is real; 0: none, they run in one process."""
 
 
 @dataclass
@@ -130,7 +132,7 @@ def run(name: str, *, trials: int, seed: int, seconds: float | None = None, resu
 
 def _try(name: str, campaign: Campaign, shared: Any, number: int, batch: Batch, scratch: Path) -> None:
     chance = random.Random(f"{name}/{batch.seed}/{number}")
-    real = campaign.has_real and number % _REAL_EVERY == 0
+    real = campaign.real_every > 0 and number % campaign.real_every == 0
     began = time.monotonic()
     with tempfile.TemporaryDirectory(dir=scratch) as directory:
         try:

@@ -1,98 +1,281 @@
-"""Every effect of a save on the disk as a crash point: what was not synced is lost, torn or zeroed, and it resumes."""
+"""Every effect that a save has on the disk as the last one: kills, and power cuts that lose or tear what was not synced.
 
-import copy
+A power cut is replayed from a record: bytes are durable behind `sync` of their file, names behind `sync_directory` of
+their folder, and nothing else is.
+"""
+
+import os
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from random import Random
+from typing import Any, NamedTuple
 
-from megalemur.checkpoint.directory import newest_checkpoint, step_of, verify_checkpoint
-from megalemur.checkpoint.load import load_pieces
-from megalemur.checkpoint.read import CheckpointReader
-from megalemur.checkpoint.retention import Rules, retain
-from megalemur.checkpoint.save import save_checkpoint
+import torch
+
+from megalemur.checkpoint import disk
+from megalemur.checkpoint.contents import Contents
+from megalemur.checkpoint.directory import verify_checkpoint
+from megalemur.checkpoint.draft import open_draft
+from megalemur.checkpoint.saver import Saver
+from megalemur.config.checkpoint import CheckpointConfig
 from tests.faults.campaign import Campaign, Trial
-from tests.support.crashed_disk import Effect, Folder, read_tree, recorded, replay
-from tests.unit.checkpoint.synthetic import SHAPES, assert_loaded, contents, whole_pieces
-
-_TRIES = 20  # ways to lose what was not synced, a point
-
-
-class Recording(NamedTuple):
-    """A folder of checkpoints, and what was done to it."""
-
-    title: str
-    before: Folder
-    root: Path
-    effects: list[Effect]
-    committed: int
-    """Effects after which the new checkpoint must be there, whatever is lost."""
+from tests.faults.damage import load_newest
+from tests.unit.checkpoint.small import EFFECTS
+from tests.unit.checkpoint.synthetic import contents, whole_pieces
 
 
-def save(root: Path, step: int) -> Path:
-    """A checkpoint of the synthetic state."""
-    return save_checkpoint(root, contents(whole_pieces(), step), group=None, max_file_bytes=600)
+class Scene(NamedTuple):
+    """A directory of checkpoints, and the save that is interrupted."""
+
+    before: tuple[int, ...]
+    """Steps saved before, in this order."""
+    leftover: bool
+    """A killed save has left its folder."""
+    step: int
+    """The save."""
+    settings: dict[str, Any]
+    points: int
+    """Effects on the disk, counted in a dry run."""
 
 
-def prepare(directory: Path) -> list[Recording]:
-    """A new step; a step that is there already; a new step and what retention then clears away."""
-    return [
-        _record(directory / "new", "a new step", (4,), lambda root: save(root, 5)),
-        _record(directory / "again", "a step that is there", (4, 5), lambda root: save(root, 5)),
-        _record(directory / "retained", "with retention", (1, 2, 3, 4), _save_and_retain),
+SCENES = {
+    "the second save": Scene((1,), False, 2, {}, 30),
+    "a save behind a killed one": Scene((1,), True, 2, {}, 36),
+    "a step saved again": Scene((1, 2), False, 2, {}, 41),
+    "a save with retention": Scene((1, 2, 3), False, 4, {"keep": 1, "keep_weights_every": 2}, 60),
+}
+NAMES = ("undone", "kept", "some")
+"""What becomes of names that were not synced: none, all, or the first few in a folder are on the disk."""
+DATA = ("dropped", "cut", "zeroed")
+"""What becomes of bytes that were not synced."""
+VARIANTS = (("killed before", ""), ("killed behind", ""), *product(NAMES, DATA))
+CASES = [
+    (name, point, variant)
+    for name, scene in SCENES.items()
+    for point in range(1, scene.points + 1)
+    for variant in VARIANTS
+]
+
+
+class Crash(BaseException):
+    """No handler of the program sees it; a dead process handles nothing."""
+
+
+@dataclass
+class File:
+    """Bytes as the page cache has them, and how many are on the disk."""
+
+    data: bytearray
+    durable: int
+
+
+@dataclass
+class Folder:
+    """What it has held since it was last synced: first what is on the disk, last what the page cache says."""
+
+    states: list[dict[str, "File | Folder"]] = field(default_factory=lambda: [{}])
+
+    def change(self, **names: "File | Folder | None") -> None:
+        """Set and remove names at once."""
+        fresh = {**self.states[-1], **names}
+        self.states.append({name: what for name, what in fresh.items() if what is not None})
+
+
+def _read(path: Path) -> "File | Folder":
+    if path.is_dir():
+        return Folder([{entry.name: _read(entry) for entry in path.iterdir()}])
+    data = path.read_bytes()
+    return File(bytearray(data), len(data))
+
+
+class Disk:
+    """Stands between the program and the disk: does what it is told, records it, and ends everything at one point."""
+
+    def __init__(self, root: Path, last: int, *, behind: bool):
+        self.root, self.last, self.behind = root, last, behind
+        self.tree = _read(root)
+        self.done, self.dead = 0, False
+        self.files: dict[int, File] = {}
+        self.durable_commit = False
+        """Whether the folder of the checkpoints was synced behind the rename that commits."""
+        self._renamed = False
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Wrap every effect; in the end close what a dead process would not hold, its locks above all."""
+        originals = {name: getattr(disk, name) for name in EFFECTS}
+        for name, effect in originals.items():
+            setattr(disk, name, partial(self._run, name, effect))
+        try:
+            yield
+        finally:
+            for name, effect in originals.items():
+                setattr(disk, name, effect)
+            for file in self.files:
+                os.close(file)
+
+    def _run(self, name: str, effect: Callable[..., Any], *arguments: Any) -> Any:
+        if self.dead:  # handlers on the way out; the dead have none
+            raise Crash
+        self.done += 1
+        if self.done == self.last and not self.behind:
+            self._die()
+        found = None if name in ("sync", "sync_directory") else effect(*arguments)
+        getattr(self, f"_{name}")(found, *arguments)
+        if self.done == self.last:
+            self._die()
+        return found
+
+    def _die(self) -> None:
+        self.dead = True
+        raise Crash
+
+    def _folder(self, path: Path) -> Folder:
+        found = self.tree
+        for part in path.relative_to(self.root).parts:
+            assert isinstance(found, Folder)
+            found = found.states[-1][part]
+        assert isinstance(found, Folder)
+        return found
+
+    def _make_directory(self, _: None, path: Path) -> None:
+        self._folder(path.parent).change(**{path.name: Folder()})
+
+    def _create(self, file: int, path: Path) -> None:
+        self.files[file] = File(bytearray(), 0)
+        self._folder(path.parent).change(**{path.name: self.files[file]})
+
+    def _write(self, _: None, file: int, parts: Any) -> None:
+        for part in parts:
+            self.files[file].data += part
+
+    def _sync(self, _: None, file: int) -> None:
+        self.files[file].durable = len(self.files[file].data)
+
+    def _close(self, _: None, file: int) -> None:
+        del self.files[file]
+
+    def _sync_directory(self, _: None, path: Path) -> None:
+        folder = self._folder(path)
+        del folder.states[:-1]
+        self.durable_commit |= self._renamed
+
+    def _rename(self, _: None, old: Path, new: Path) -> None:
+        assert old.parent == new.parent
+        folder = self._folder(old.parent)
+        folder.change(**{new.name: folder.states[-1][old.name], old.name: None})
+        self._renamed |= ".tmp-" in old.name and "." not in new.name
+
+    def _unlink(self, _: None, path: Path) -> None:
+        self._folder(path.parent).change(**{path.name: None})
+
+    _remove_directory = _unlink
+
+    def write_survivors(self, to: Path, names: str, data: str, chance: Random) -> None:
+        """What is found after the power has come back."""
+        self._survive(self.tree, to, names, data, chance)
+
+    def _survive(self, what: "File | Folder", to: Path, names: str, data: str, chance: Random) -> None:
+        if isinstance(what, Folder):
+            to.mkdir()
+            chosen = {"undone": what.states[0], "kept": what.states[-1], "some": chance.choice(what.states)}[names]
+            for name, entry in chosen.items():
+                self._survive(entry, to / name, names, data, chance)
+            return
+        rest = len(what.data) - what.durable
+        if data == "zeroed":
+            to.write_bytes(bytes(what.data[: what.durable]) + bytes(rest))
+        else:
+            to.write_bytes(what.data[: what.durable + (chance.randint(0, rest) if data == "cut" else 0)])
+
+
+def contents_of(step: int, again: bool = False) -> Contents:
+    """A state that no other save has."""
+    pieces = whole_pieces()
+    for piece in pieces:
+        piece.tensor.add_(step + 0.5 * again)
+    return contents(pieces, step)
+
+
+def save(root: Path, step: int, settings: dict[str, Any], *, again: bool = False) -> None:
+    """As a run does, with its read-back and retention."""
+    saver = Saver(CheckpointConfig(directory=root, asynchronous=False, **settings), None)
+    saver.save(contents_of(step, again))
+    saver.raise_last()
+
+
+def prepare(directory: Path) -> Path:
+    """The scenes, and that their effects are as many as stated."""
+    for name, scene in SCENES.items():
+        root = directory / name
+        for step in scene.before:
+            save(root, step, {})
+        if scene.leftover:
+            draft = open_draft(root, scene.step)
+            (draft.path / "config.json").write_bytes(b"half")
+            draft.close()
+        shutil.copytree(root, directory / "dry")
+        dry = Disk(directory / "dry", 0, behind=False)
+        with dry.installed():
+            save(directory / "dry", scene.step, scene.settings, again=True)
+        shutil.rmtree(directory / "dry")
+        assert dry.done == scene.points, f"{name}: {dry.done} effects, SCENES says {scene.points}"
+    return directory
+
+
+def check(root: Path, scene: Scene, must_be_new: bool) -> str:
+    """The old checkpoint or the new one loads, to the bit, and the next save works; says which one."""
+    path, pieces, passed_over = load_newest(root)
+    step = verify_checkpoint(path).step
+    old, new = max(scene.before), scene.step
+    wanted = [contents_of(new, again=True)] + ([] if must_be_new else [contents_of(old)])
+    loaded = {(piece.name, piece.kind): piece.tensor for piece in pieces}
+    fitting = [
+        what.step
+        for what in wanted
+        if what.step == step and all(torch.equal(loaded[piece.name, piece.kind], piece.tensor) for piece in what.pieces)
     ]
+    assert fitting, f"{path.name} is neither old nor new" + (", although the save was done" if must_be_new else "")
+    assert not passed_over, passed_over
+    is_new = torch.equal(loaded[wanted[0].pieces[0].name, wanted[0].pieces[0].kind], wanted[0].pieces[0].tensor)
+    save(root, new + 1, scene.settings)
+    assert load_newest(root)[0].name == f"step_{new + 1:06d}"
+    return "the new one" if is_new else "the old one"
 
 
-def _save_and_retain(root: Path) -> None:
-    path = save(root, 5)
-    retain(root, Rules(keep=1, keep_weights_every=2), read_back={path})
-
-
-def _record(root: Path, title: str, there: tuple[int, ...], work) -> Recording:
-    root.mkdir()
-    for step in there:
-        save(root, step)
-    before = read_tree(root)
-    with recorded() as effects:
-        work(root)
-    renamed = next(k for k, effect in enumerate(effects) if effect.name == "rename" and effect.detail.name == _FIVE)
-    synced = next(k for k in range(renamed, len(effects)) if effects[k][:2] == ("sync_directory", root))
-    return Recording(title, before, root, effects, synced + 1)
-
-
-_FIVE = "step_000005"
-
-
-def trial(recordings: list[Recording], trial: Trial) -> str:
-    """Crash behind one effect, several ways; whatever is found is whole, is loaded, and can be saved behind."""
-    points = [(recording, k) for recording in recordings for k in range(len(recording.effects) + 1)]
-    recording, point = points[trial.number % len(points)]
-    for number in range(_TRIES):
-        found = trial.directory / f"{number}"
-        tree = copy.deepcopy(recording.before)
-        replay(tree, recording.root, recording.effects[:point])
-        tree.write_to(found, trial.chance)
-        newest = newest_checkpoint(found).path
-        assert newest is not None, f"{recording.title}, effect {point}: nothing is left"
-        step = step_of(newest)
-        assert step == 5 if point >= recording.committed or "there" in recording.title else step in (4, 5)
-        verify_checkpoint(newest)
-        pieces = whole_pieces(filled=False)
-        load_pieces(CheckpointReader(newest), pieces, shapes=SHAPES)
-        assert_loaded(pieces)
-        save(found, 6)
-        assert step_of(newest_checkpoint(found).path) == 6
-        shutil.rmtree(found)
-    done = recording.effects[point - 1].name if point else "nothing"
-    return f"{recording.title}, behind {done}"
+def trial(scenes: Path, trial: Trial) -> str:
+    """One point, one way to go on from there."""
+    name, point, (first, second) = CASES[trial.number % len(CASES)]
+    scene, root = SCENES[name], trial.directory / "checkpoints"
+    shutil.copytree(scenes / name, root)
+    recorded = Disk(root, point, behind=first != "killed before")
+    crashed = False
+    with recorded.installed():
+        try:
+            save(root, scene.step, scene.settings, again=True)
+        except Crash:
+            crashed = True
+    assert crashed, f"{name}: point {point} was not reached"
+    if second:
+        root = trial.directory / "survivors"
+        recorded.write_survivors(root, first, second, trial.chance)
+    found = check(root, scene, recorded.durable_commit)
+    return f"{name}, {'power cut' if second else 'kill'}: {found}"
 
 
 CAMPAIGN = Campaign(
-    target=162,
-    what=f"a power cut behind every effect of a save on the disk, in turn, {_TRIES} ways to lose or tear what was not "
-    "synced; a new step, one that is there already, and with retention",
-    passes="a whole checkpoint is found, the new one once its rename was synced; it loads to the bit, and the next "
-    "save succeeds",
+    target=len(CASES),
+    what=f"each of the {len(CASES) // len(VARIANTS)} effects on the disk of a save, in {len(SCENES)} scenes, as the last "
+    "one: kill before and behind it; power cut with unsynced names undone, kept or in part, unsynced bytes dropped, cut "
+    "or zeroed",
+    passes="the checkpoint before or the new one verifies and loads to the bit, the new one for sure once the save is "
+    "done, and the next save works; in one process, small states, none through the launcher",
     prepare=prepare,
     trial=trial,
-    has_real=False,
+    real_every=0,
 )

@@ -63,5 +63,5 @@ CAMPAIGN = Campaign(
     "run that met nothing",
     prepare=lambda directory: directory,
     trial=trial,
-    has_real=False,
+    real_every=0,
 )

@@ -59,5 +59,5 @@ CAMPAIGN = Campaign(
     passes="found by the next comparison, rank and tensor named, no alarm before",
     prepare=lambda directory: directory,
     trial=trial,
-    has_real=False,
+    real_every=0,
 )

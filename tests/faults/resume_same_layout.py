@@ -7,14 +7,24 @@ from pathlib import Path
 import orjson
 
 from tests.faults.campaign import Campaign, Trial
-from tests.faults.runs import BIG, LAYOUTS, Seen, kill_group, launch, steps_to_the_bit, world, write_run
+from tests.faults.runs import (
+    BIG,
+    LAYOUTS,
+    PATIENCE,
+    Seen,
+    finish,
+    kill_group,
+    launch,
+    steps_to_the_bit,
+    world,
+    write_run,
+)
 from tests.support.ranks import run_ranks
 from tests.support.tiny import tiny_run
 
 CHOSEN = tuple(LAYOUTS)[:8]
 STEPS, MORE = 20, 50
 _LENGTH = ("run.steps=80", "schedule.warmup_steps=3")
-_PATIENCE = 900  # seconds
 
 
 class Reference:
@@ -27,7 +37,7 @@ class Reference:
 
     def _seen(self, layout: str) -> list[list[Seen]]:
         config = tiny_run(self.directory, *LAYOUTS[layout], *_LENGTH)
-        return run_ranks(world(layout), steps_to_the_bit, config, STEPS + MORE, timeout=_PATIENCE)
+        return run_ranks(world(layout), steps_to_the_bit, config, STEPS + MORE, timeout=PATIENCE)
 
     def _losses(self, layout: str) -> dict[int, tuple[float, float]]:
         directory = self.directory / layout.replace(" ", "-")
@@ -35,12 +45,6 @@ class Reference:
         run_file = write_run(directory, *LAYOUTS[layout], *_LENGTH, f"run.stop_at={STEPS + MORE}", **BIG)
         finish(layout, run_file)
         return read_losses(directory)
-
-
-def finish(layout: str, run_file: Path) -> None:
-    """Launch a run and wait for its end."""
-    code = launch(world(layout), run_file).wait(_PATIENCE)
-    assert code == 0, f"exit code {code}: {run_file.with_suffix('.log').read_text()[-2000:]}"
 
 
 def read_losses(directory: Path) -> dict[int, tuple[float, float]]:
@@ -58,8 +62,8 @@ def trial(reference: Reference, trial: Trial) -> str:
         return f"SIGKILL, {small}"
     save = f"checkpoint.directory={trial.directory}"
     config = tiny_run(reference.directory, *LAYOUTS[layout], *_LENGTH, save)
-    begun = run_ranks(world(layout), steps_to_the_bit, config, step, step, timeout=_PATIENCE)
-    ended = run_ranks(world(layout), steps_to_the_bit, config, step + MORE, timeout=_PATIENCE)
+    begun = run_ranks(world(layout), steps_to_the_bit, config, step, step, timeout=PATIENCE)
+    ended = run_ranks(world(layout), steps_to_the_bit, config, step + MORE, timeout=PATIENCE)
     for rank, whole in enumerate(reference.seen(layout)):
         assert begun[rank] + ended[rank] == whole[: step + MORE], f"rank {rank}, {layout}, step {step}"
     return layout

@@ -5,7 +5,9 @@ import math
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
+from random import Random
 from typing import NamedTuple
 
 from megalemur.config.load import dump_run
@@ -103,3 +105,26 @@ def kill_group(process: subprocess.Popen[str]) -> None:
     """kill -9 of the launcher and everything it started."""
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+PATIENCE = 900
+"""Seconds that a launched run may take."""
+
+
+def finish(layout: str, run_file: Path) -> None:
+    """Launch a run and wait for its end."""
+    code = launch(world(layout), run_file).wait(PATIENCE)
+    assert code == 0, f"exit code {code}: {run_file.with_suffix('.log').read_text()[-2000:]}"
+
+
+def end_at(layout: str, run_file: Path, chance: Random) -> None:
+    """Launch a run and kill everything, at a random moment behind the beginning of its first save."""
+    process = launch(world(layout), run_file)
+    try:
+        while not any((run_file.parent / "checkpoints").glob("step_*")):
+            assert process.poll() is None, run_file.with_suffix(".log").read_text()[-2000:]
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 3))
+    finally:
+        if process.poll() is None:
+            kill_group(process)

@@ -51,5 +51,5 @@ CAMPAIGN = Campaign(
     passes=f"code {exit_codes.HANG} within watchdog.timeout + 5 s, that rank alone is named, nothing is left running",
     prepare=lambda directory: directory,
     trial=trial,
-    has_real=False,
+    real_every=0,
 )
