@@ -1,4 +1,4 @@
-"""Every effect that a save has on the disk as the last one: kills, and power cuts that lose or tear what was not synced.
+"""Every effect that a save has on the disk as the last one: kills, and power cuts that lose what was not synced.
 
 A power cut is replayed from a record: bytes are durable behind `sync` of their file, names behind `sync_directory` of
 their folder, and nothing else is.
@@ -270,9 +270,9 @@ def trial(scenes: Path, trial: Trial) -> str:
 
 CAMPAIGN = Campaign(
     target=len(CASES),
-    what=f"each of the {len(CASES) // len(VARIANTS)} effects on the disk of a save, in {len(SCENES)} scenes, as the last "
-    "one: kill before and behind it; power cut with unsynced names undone, kept or in part, unsynced bytes dropped, cut "
-    "or zeroed",
+    what=f"each of the {len(CASES) // len(VARIANTS)} effects on the disk of a save, in {len(SCENES)} scenes, as the "
+    "last one: kill before and behind it; power cut with unsynced names undone, kept or in part, unsynced bytes "
+    "dropped, cut or zeroed",
     passes="the checkpoint before or the new one verifies and loads to the bit, the new one for sure once the save is "
     "done, and the next save works; in one process, small states, none through the launcher",
     prepare=prepare,

@@ -176,8 +176,8 @@ CAMPAIGN = Campaign(
     target=1000,
     what="kill -9 of one rank, one supervisor, all or the launcher at random moments of plain and background saves, "
     "1 to 4 gloo ranks, resumed in the same layout or another",
-    passes=f"resumed from the newest checkpoint, which verifies in full; at most an interval of {EVERY} steps lost, and "
-    "the save in flight; the losses of an undisturbed run, to the bit where the layout stayed",
+    passes=f"resumed from the newest checkpoint, which verifies in full; at most an interval of {EVERY} steps "
+    "and the save in flight lost; the losses of an undisturbed run, to the bit where the layout stayed",
     prepare=Reference,
     trial=trial,
 )

@@ -15,9 +15,9 @@ Each row is a campaign: so many trials of one promise. The table is written from
 make faults CAMPAIGN=kills N=100 SEED=1
 ```
 
-`make faults` alone makes a tenth of each campaign, an hour in all. "Real" trials go through the real launcher, with
-real processes and a state of 50 MB or more; the others use processes forked from a server and a small state. Everything
-ran on CPU under gloo; nothing here has run on a GPU.
+`make faults` alone makes a tenth of each campaign, an hour in all. "Real" trials have a state of 50 MB or more and go
+through the launcher, or, where the row says so, through ranks that were forked; the others use processes forked from a
+server and a small state. Everything ran on CPU under gloo; nothing here has run on a GPU.
 
 | campaign | what is done | what must hold | trials of | failed | real | trials a second |
 |---|---|---|---|---|---|---|
