@@ -84,11 +84,12 @@ def prepare(directory: Path) -> _Shared:
 
 def trial(shared: _Shared, trial: Trial) -> str:
     """A few kills, each followed by the same command, then one that nobody disturbs."""
-    return interrupt(shared, trial.directory, trial.chance)[-1]
+    hits = interrupt(shared, trial.directory, trial.chance)
+    return f"{len(hits) - hits.count('it was done')} kills, the last: {hits[-1]}"
 
 
 def interrupt(shared: _Shared, directory: Path, chance: random.Random) -> list[str]:
-    """How far the build had come at each kill; empty files and wrong bytes raise AssertionError."""
+    """How far the build had come at each kill; wrong bytes and what was left behind raise AssertionError."""
     output = directory / "out"
     hits = []
     for _ in range(chance.randrange(1, 6)):
@@ -127,7 +128,7 @@ def _state_of(output: Path) -> str:
 
 CAMPAIGN = Campaign(
     target=1000,
-    what="one to five times kill -9 of a build of a data set with all its workers, and the same command again",
+    what="up to five times kill -9 of a build of a data set with all its workers, and the same command again",
     passes="the bytes of an undisturbed build, nothing left behind",
     prepare=prepare,
     trial=trial,
