@@ -6,29 +6,12 @@ import torch
 from tests.support.poison import Loss, bits, poison
 from tests.support.ranks import run_ranks
 from tests.support.tiny import tiny_run
-from tests.support.training import start, whole_state
+from tests.support.training import Watching, start, whole_state
 
 P = "parallel."
 EIGHT = (f"{P}tensor=2", f"{P}pipeline=2", f"{P}chunks=2", f"{P}data=2")
 OVERLAPPED = (f"{P}data=2", f"{P}overlap_grad_reduce=true", f"{P}overlap_param_gather=true")
 SPIKES = ("guard.loss_spike=20", "guard.window=6", "guard.min_values=3", "guard.rollback_after=2")
-
-
-class Watching:
-    """Keeps every report; does something after a step."""
-
-    def __init__(self, then=lambda report: None):
-        self.reports, self._then = [], then
-
-    def after_step(self, report):
-        self.reports.append(report)
-        self._then(report)
-
-    def at_save(self, step, path, seconds):
-        pass
-
-    def at_end(self):
-        pass
 
 
 def skip_for_each_cause(config):

@@ -11,24 +11,6 @@ from tests.support.ranks import run_ranks
 from tests.support.tiny import tiny_run
 
 
-class Watching:
-    """Keeps every report; does something after a step."""
-
-    def __init__(self, after_step=lambda report: None):
-        self.reports = []
-        self._then = after_step
-
-    def after_step(self, report):
-        self.reports.append(report)
-        self._then(report)
-
-    def at_save(self, step, path, seconds):
-        pass
-
-    def at_end(self):
-        pass
-
-
 def loop(run, *observers):
     from megalemur.train.agreement import StopRequest
     from megalemur.train.loop import run_loop
@@ -81,7 +63,7 @@ def test_a_batch_that_one_replica_cannot_read_stops_all_of_them(tmp_path):
 
 
 def train_with_a_slow_replica(config):
-    from tests.support.training import start
+    from tests.support.training import Watching, start
 
     run = start(config)
     if run.place.rank == 1:
@@ -107,7 +89,7 @@ def test_a_slow_replica_is_told_from_those_that_wait_for_it(tmp_path):
 
 
 def stop_after_the_second_step(config):
-    from tests.support.training import start
+    from tests.support.training import Watching, start
 
     before = signal.getsignal(signal.SIGUSR1)
     run = start(config)

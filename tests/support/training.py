@@ -19,6 +19,23 @@ def start(config: RunConfig) -> Run:
     return build_run(config, join(config.parallel, timeout_seconds=config.run.collective_timeout))
 
 
+class Watching:
+    """Keeps every report; does something after a step."""
+
+    def __init__(self, then=lambda report: None):
+        self.reports, self._then = [], then
+
+    def after_step(self, report):
+        self.reports.append(report)
+        self._then(report)
+
+    def at_save(self, step, path, seconds):
+        pass
+
+    def at_end(self):
+        pass
+
+
 def take_steps(run: Run, last_step: int) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step up to `last_step`."""
     results = []
