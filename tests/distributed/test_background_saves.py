@@ -163,8 +163,7 @@ def test_a_rank_writes_the_share_that_the_configuration_says(optimizer: str, tmp
 def train_through_failures(config):
     from megalemur.train.agreement import StopRequest
     from megalemur.train.loop import run_loop
-    from tests.distributed.test_loop import Watching
-    from tests.support.training import start
+    from tests.support.training import Watching, start
 
     run = start(config)
     root = config.checkpoint.directory
@@ -192,8 +191,7 @@ def test_saves_that_go_on_failing_stop_all_ranks_at_one_step(tmp_path: Path) -> 
 def train_all(config):
     from megalemur.train.agreement import StopRequest
     from megalemur.train.loop import run_loop
-    from tests.distributed.test_loop import Watching
-    from tests.support.training import start
+    from tests.support.training import Watching, start
 
     run = start(config)
     watching = Watching()
