@@ -19,6 +19,7 @@ _SMALL = """
 import sys
 from data_prep import build_index, feed, plan
 plan._SMALLEST, plan.STREAM_BYTES, feed.CHUNK_BYTES = 60_000, 20_000, 40_000
+print("modules are imported", flush=True)
 build_index.app(sys.argv[1:])
 """
 
@@ -27,6 +28,8 @@ class _Shared(NamedTuple):
     inputs: Path
     wanted: dict[str, bytes]
     seconds: float
+    """From the imports to the end, undisturbed, with one worker."""
+    units: int
 
 
 def write_input(directory: Path) -> None:
@@ -57,14 +60,36 @@ def start(inputs: Path, output: Path, workers: int) -> subprocess.Popen[str]:
     )
 
 
-def build(inputs: Path, output: Path, workers: int) -> tuple[float, str]:
-    """(seconds, output) of a build that nobody disturbs."""
-    began = time.monotonic()
+def build(inputs: Path, output: Path, workers: int) -> tuple[float, int]:
+    """(seconds behind the imports, units that were seen done) of a build that nobody disturbs."""
     process = start(inputs, output, workers)
-    said, _ = process.communicate(timeout=120)
+    process.stdout.readline()
+    began, units = time.monotonic(), 0
+    while process.poll() is None:
+        units = max(units, _units(output))
+        time.sleep(0.001)
     if process.returncode:
-        raise AssertionError(f"exit code {process.returncode}: {said}")
-    return time.monotonic() - began, said
+        raise AssertionError(f"exit code {process.returncode}: {process.communicate()[0]}")
+    return time.monotonic() - began, units
+
+
+def await_moment(process: subprocess.Popen[str], output: Path, shared: _Shared, chance: random.Random) -> None:
+    """A random time, or just behind a random further unit of work: most of the time passes before the first one."""
+    if chance.random() < 0.3:
+        wait, units = chance.uniform(0, shared.seconds), 0
+    else:
+        wait, units = chance.uniform(0, 0.008), _units(output) + chance.randrange(1, shared.units + 1)
+    while process.poll() is None and _units(output) < units and not Path(f"{output}.bin").exists():
+        time.sleep(0.0005)
+    time.sleep(wait)
+
+
+def _units(output: Path) -> int:
+    """Units of work that are done."""
+    try:
+        return Path(f"{output}.work/journal.jsonl").read_bytes().count(b"\n")
+    except FileNotFoundError:
+        return 0
 
 
 def is_complete(output: Path) -> bool:
@@ -77,9 +102,9 @@ def prepare(directory: Path) -> _Shared:
     inputs = directory / "in"
     inputs.mkdir()
     write_input(inputs)
-    seconds, _ = build(inputs, directory / "whole", 2)
+    seconds, units = build(inputs, directory / "whole", 1)
     wanted = {ending: (directory / f"whole.{ending}").read_bytes() for ending in ("bin", "idx")}
-    return _Shared(inputs, wanted, seconds)
+    return _Shared(inputs, wanted, seconds, units)
 
 
 def trial(shared: _Shared, trial: Trial) -> str:
@@ -94,16 +119,18 @@ def interrupt(shared: _Shared, directory: Path, chance: random.Random) -> list[s
     hits = []
     for _ in range(chance.randrange(1, 6)):
         process = start(shared.inputs, output, chance.randrange(1, 4))
-        try:  # the beginning, where only modules are imported, is not worth many kills
-            said, _ = process.communicate(timeout=chance.uniform(0.4, 1.1) * shared.seconds)
-            assert process.returncode == 0, said
-            break
-        except subprocess.TimeoutExpired:
+        process.stdout.readline()  # nothing is written while modules are imported
+        await_moment(process, output, shared, chance)
+        if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
             hits.append(_state_of(output))
             if is_complete(output):
                 break
+        else:
+            said, _ = process.communicate()
+            assert process.returncode == 0, said
+            break
     if not is_complete(output):
         build(shared.inputs, output, chance.randrange(1, 4))
     for ending, data in shared.wanted.items():
