@@ -38,9 +38,11 @@ NAMES = (
     "deaths",
     "signals",
     "stalls",
+    "clean_steps",
     "nans",
     "replica_flips",
     "retention",
+    "soak",
 )
 """Modules of this folder, each with a CAMPAIGN."""
 _REAL_EVERY = 10

@@ -22,9 +22,13 @@ from megalemur.checkpoint.contents import Contents
 from megalemur.checkpoint.directory import verify_checkpoint
 from megalemur.checkpoint.draft import open_draft
 from megalemur.checkpoint.saver import Saver
+from megalemur.cli import exit_codes
 from megalemur.config.checkpoint import CheckpointConfig
 from tests.faults.campaign import Campaign, Trial
 from tests.faults.damage import load_newest
+from tests.faults.kills import EVERY, LENGTH, Reference, judge_directory, judge_end, phase
+from tests.faults.runs import BIG, LAYOUTS, finish, write_run
+from tests.support.injections import environment
 from tests.unit.checkpoint.small import EFFECTS
 from tests.unit.checkpoint.synthetic import contents, whole_pieces
 
@@ -209,7 +213,15 @@ def save(root: Path, step: int, settings: dict[str, Any], *, again: bool = False
     saver.raise_last()
 
 
-def prepare(directory: Path) -> Path:
+class Shared(NamedTuple):
+    """What trials go by."""
+
+    scenes: Path
+    reference: Reference
+    """Losses of launched runs."""
+
+
+def prepare(directory: Path) -> Shared:
     """The scenes, and that their effects are as many as stated."""
     for name, scene in SCENES.items():
         root = directory / name
@@ -225,7 +237,8 @@ def prepare(directory: Path) -> Path:
             save(directory / "dry", scene.step, scene.settings, again=True)
         shutil.rmtree(directory / "dry")
         assert dry.done == scene.points, f"{name}: {dry.done} effects, SCENES says {scene.points}"
-    return directory
+    (directory / "launched").mkdir()
+    return Shared(directory, Reference(directory / "launched"))
 
 
 def check(root: Path, scene: Scene, must_be_new: bool) -> str:
@@ -248,9 +261,29 @@ def check(root: Path, scene: Scene, must_be_new: bool) -> str:
     return "the new one" if is_new else "the old one"
 
 
-def trial(scenes: Path, trial: Trial) -> str:
+def trial(shared: Shared, trial: Trial) -> str:
     """One point, one way to go on from there."""
-    name, point, (first, second) = CASES[trial.number % len(CASES)]
+    return _launched(shared.reference, trial) if trial.real else _replayed(shared.scenes, trial)
+
+
+def _launched(reference: Reference, trial: Trial) -> str:
+    """A rank of the launcher ends itself at one of its effects on the disk."""
+    chance, layout = trial.chance, trial.chance.choice(["dp2", "tp2", "pp2"])
+    rank, point, behind = chance.randrange(2), chance.randint(1, 60), chance.random() < 0.5
+    background = chance.choice(["true", "false"])
+    settings = (*LENGTH, f"checkpoint.save_every={EVERY}", f"checkpoint.asynchronous={background}")
+    run_file = write_run(trial.directory, *LAYOUTS[layout], *settings, **BIG)
+    finish(layout, run_file, exit_codes.RANK_DIED, **environment("die", rank=rank, effect=point, behind=behind))
+    hit = phase(trial.directory / "checkpoints")
+    _, step = judge_directory(trial.directory)
+    said = finish(layout, run_file)
+    judge_end(trial.directory, said, step, reference.losses(layout, True), exact=True)
+    return f"launched: {'a background' if background == 'true' else 'a plain'} save, {hit}"
+
+
+def _replayed(scenes: Path, trial: Trial) -> str:
+    # every tenth trial is none of them
+    name, point, (first, second) = CASES[(trial.number - trial.number // 10 - 1) % len(CASES)]
     scene, root = SCENES[name], trial.directory / "checkpoints"
     shutil.copytree(scenes / name, root)
     recorded = Disk(root, point, behind=first != "killed before")
@@ -269,13 +302,12 @@ def trial(scenes: Path, trial: Trial) -> str:
 
 
 CAMPAIGN = Campaign(
-    target=len(CASES),
+    target=-(-len(CASES) * 10 // 9),
     what=f"each of the {len(CASES) // len(VARIANTS)} effects on the disk of a save, in {len(SCENES)} scenes, as the "
     "last one: kill before and behind it; power cut with unsynced names undone, kept or in part, unsynced bytes "
     "dropped, cut or zeroed",
     passes="the checkpoint before or the new one verifies and loads to the bit, the new one for sure once the save is "
-    "done, and the next save works; in one process, small states, none through the launcher",
+    "done, and the next save works; real trials: one of two ranks dies at a random effect, losses go on to the bit",
     prepare=prepare,
     trial=trial,
-    real_every=0,
 )

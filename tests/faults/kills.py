@@ -17,8 +17,8 @@ from tests.faults.runs import BIG, LAYOUTS, PATIENCE, finish, kill_group, launch
 from tests.support.launched import Launched, is_running, launched, wait_for
 from tests.support.tiny import tiny_run
 
-EVERY, STEPS = 2, 12
-_LENGTH = ("run.steps=20", "schedule.warmup_steps=3", f"run.stop_at={STEPS}")
+EVERY, STEPS = 2, 8
+LENGTH = ("run.steps=20", "schedule.warmup_steps=3", f"run.stop_at={STEPS}")
 _LAYOUTS = tuple(name for name in LAYOUTS if world(name) <= 4)
 _SMALL = {"num_layers": 4}
 _RESUMED = re.compile(r"resuming (\S+/step_\d{6,}), at step (\d+)")
@@ -35,9 +35,9 @@ class Reference:
         directory = self.directory / f"{layout.replace(' ', '-')}-{large}"
         directory.mkdir()
         if large:
-            finish(layout, write_run(directory, *LAYOUTS[layout], *_LENGTH, **BIG))
+            finish(layout, write_run(directory, *LAYOUTS[layout], *LENGTH, **BIG))
         else:
-            with launched(tiny_run(directory, *LAYOUTS[layout], *_LENGTH, **_SMALL)) as run:
+            with launched(tiny_run(directory, *LAYOUTS[layout], *LENGTH, **_SMALL)) as run:
                 assert set(run.codes()) == {0}, run.output()
         return read_losses(directory)
 
@@ -123,7 +123,7 @@ def trial(reference: Reference, trial: Trial) -> str:
     first = chance.choice(layouts)
     second = first if chance.random() < 0.5 else chance.choice(layouts)
     background = chance.choice(("true", "false"))
-    settings = (*_LENGTH, f"checkpoint.save_every={EVERY}", f"checkpoint.asynchronous={background}")
+    settings = (*LENGTH, f"checkpoint.save_every={EVERY}", f"checkpoint.asynchronous={background}")
     expected, root = reference.losses(first, trial.real), trial.directory / "checkpoints"
     kill = _kill_launched if trial.real else _kill_forked
     whom, hit = kill(trial, first, settings, root)
@@ -161,10 +161,7 @@ def _kill_launched(trial: Trial, layout: str, settings: tuple[str, ...], root: P
 def _resume(trial: Trial, layout: str, settings: tuple[str, ...]) -> str:
     """To the end; what the second run said."""
     if trial.real:
-        log = trial.directory / "run.log"
-        before = len(log.read_text())
-        finish(layout, write_run(trial.directory, *LAYOUTS[layout], *settings, **BIG))
-        return log.read_text()[before:]
+        return finish(layout, write_run(trial.directory, *LAYOUTS[layout], *settings, **BIG))
     for output in trial.directory.glob("output-*.txt"):
         output.unlink()
     with launched(tiny_run(trial.directory, *LAYOUTS[layout], *settings, **_SMALL)) as run:

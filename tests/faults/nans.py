@@ -1,13 +1,17 @@
 """NaN and infinity in a loss, an activation or one rank's gradient: skipped by all ranks, and no bit is changed."""
 
+import math
 from pathlib import Path
 
+import orjson
 import torch
 
 from megalemur.train.guard import Verdict
 from megalemur.train.step import train_step
 from tests.faults.campaign import Campaign, Trial
-from tests.faults.runs import LAYOUTS, world
+from tests.faults.resume_same_layout import read_losses
+from tests.faults.runs import BIG, LAYOUTS, finish, world, write_run
+from tests.support.injections import environment
 from tests.support.poison import bits, poison
 from tests.support.ranks import run_ranks
 from tests.support.tiny import tiny_run
@@ -39,6 +43,28 @@ def clean(config, step: int) -> list[tuple[float, float]]:
 
 def trial(_: Path, trial: Trial) -> str:
     """One poison at one step of one rank."""
+    return _launched(trial) if trial.real else _forked(trial)
+
+
+def _launched(trial: Trial) -> str:
+    chance = trial.chance
+    layout = chance.choice([name for name in _SMALL if world(name) == 2])
+    where, value, step = chance.choice(["activation", "gradient", "loss"]), chance.choice(["nan", "inf"]), 3
+    rank = 1 if where == "loss" else chance.randrange(2)
+    dtype = chance.choice(["fp32", "bf16"])
+    settings = (*LAYOUTS[layout], f"precision.dtype={dtype}", f"run.stop_at={step + 2}")
+    run_file = write_run(trial.directory, *settings, **BIG)
+    said = finish(layout, run_file, **environment("poison", rank=rank, step=step, where=where, value=value))
+    assert f"step {step}" in said and "not finite, no parameter was changed" in said, said[-2000:]
+    for each in range(2):
+        seen = orjson.loads((trial.directory / "log" / f"same-{each}.json").read_bytes())
+        assert seen == {"same": True, "skipped": True}, (layout, where, value, rank, each, seen)
+    losses = read_losses(trial.directory)
+    assert all(math.isfinite(losses[number][0]) for number in losses if number != step) and len(losses) == step + 2
+    return f"launched: {value} in {where}, {dtype}"
+
+
+def _forked(trial: Trial) -> str:
     chance = trial.chance
     layout = chance.choice(_SMALL)
     where = chance.choice(["activation", "gradient", "loss"])
@@ -63,5 +89,4 @@ CAMPAIGN = Campaign(
     "run that met nothing",
     prepare=lambda directory: directory,
     trial=trial,
-    real_every=0,
 )

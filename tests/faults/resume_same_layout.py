@@ -50,7 +50,7 @@ class Reference:
 def read_losses(directory: Path) -> dict[int, tuple[float, float]]:
     """(loss, gradient norm) of each step, of the last time that it was made."""
     lines = map(orjson.loads, (directory / "log/metrics.jsonl").read_bytes().splitlines())
-    return {line["step"]: (line["loss"], line["grad_norm"]) for line in lines}
+    return {line["step"]: (line["loss"], line["grad_norm"]) for line in lines if "event" not in line}
 
 
 def trial(reference: Reference, trial: Trial) -> str:

@@ -92,13 +92,25 @@ def write_run(directory: Path, *overrides: str, **shape: int) -> Path:
     return path
 
 
-def launch(processes: int, run_file: Path, *overrides: str) -> subprocess.Popen[str]:
+def launch(processes: int, run_file: Path, *overrides: str, **environment: str) -> subprocess.Popen[str]:
     """The real launcher, in a process group of its own; what it says is in a file beside the run file."""
     command = ["bash", str(ROOT / "launch/local.sh"), str(processes), str(run_file), *overrides]
     with run_file.with_suffix(".log").open("a") as log:
         return subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, text=True, cwd=ROOT, start_new_session=True
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+            start_new_session=True,
+            env={**os.environ, **environment},
         )
+
+
+def steps_logged(directory: Path) -> int:
+    """Lines of the run's metrics."""
+    metrics = directory / "log/metrics.jsonl"
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
 def kill_group(process: subprocess.Popen[str]) -> None:
@@ -111,10 +123,14 @@ PATIENCE = 900
 """Seconds that a launched run may take."""
 
 
-def finish(layout: str, run_file: Path) -> None:
-    """Launch a run and wait for its end."""
-    code = launch(world(layout), run_file).wait(PATIENCE)
-    assert code == 0, f"exit code {code}: {run_file.with_suffix('.log').read_text()[-2000:]}"
+def finish(layout: str, run_file: Path, expected: int = 0, **environment: str) -> str:
+    """Launch a run and wait for its end, with this exit code; everything that it said."""
+    log = run_file.with_suffix(".log")
+    before = log.stat().st_size if log.exists() else 0
+    code = launch(world(layout), run_file, **environment).wait(PATIENCE)
+    said = log.read_text()[before:]
+    assert code == expected, f"exit code {code}: {said[-2000:]}"
+    return said
 
 
 def end_at(layout: str, run_file: Path, chance: Random) -> None:

@@ -6,11 +6,14 @@ import time
 from pathlib import Path
 
 from megalemur.cli import exit_codes
+from megalemur.supervise.process import descendants
 from tests.faults.campaign import Campaign, Trial
-from tests.support.launched import Fault, launched, wait_for
+from tests.faults.runs import BIG, kill_group, launch, write_run
+from tests.support.launched import Fault, is_running, launched, wait_for
 from tests.support.tiny import tiny_run
 
 _TIMEOUT = 4  # seconds
+_RUN = ("run.steps=100000", "run.collective_timeout=60")
 _PLACES = {
     "reading data": "megalemur.train.loop:draw",
     "the step": "megalemur.train.loop:train_step",
@@ -21,6 +24,51 @@ _PLACES = {
 
 def trial(_: Path, trial: Trial) -> str:
     """One stall, behind some clean steps under the same watch."""
+    return _launched(trial) if trial.real else _forked(trial)
+
+
+def _launched(trial: Trial) -> str:
+    """A rank of the launcher is stopped."""
+    step, rank = trial.chance.randrange(2, 8), trial.chance.randrange(2)
+    run_file = write_run(trial.directory, "parallel.data=2", *_RUN, f"watchdog.timeout={_TIMEOUT}", **BIG)
+    process, said, metrics = launch(2, run_file), run_file.with_suffix(".log"), trial.directory / "log/metrics.jsonl"
+    try:
+        wait_for(
+            lambda: metrics.read_bytes().count(b"\n") if metrics.exists() else 0, lambda n: n >= step, said.read_text
+        )
+        everyone = [process.pid, *descendants(process.pid)]
+        os.kill(process_of(everyone, rank)[0], signal.SIGSTOP)
+        began = time.monotonic()
+        code = process.wait(60)
+        took = time.monotonic() - began
+        assert (code, took < _TIMEOUT + 5) == (exit_codes.HANG, True), (code, took, said.read_text()[-2000:])
+        wait_for(lambda: [pid for pid in everyone if is_running(pid)], lambda living: not living, seconds=5)
+    finally:
+        if process.poll() is None:
+            kill_group(process)
+    named = {line for line in said.read_text().splitlines() if line.startswith("  rank ")}
+    assert len(named) == 1 and next(iter(named)).startswith(f"  rank {rank} ("), (named, rank)
+    return "launched: stopped"
+
+
+def process_of(everyone: list[int], rank: int) -> tuple[int, int]:
+    """(the process that computes, its supervisor) of a rank among those of a launcher."""
+    for pid in everyone:
+        if f"RANK={rank}".encode() in _lines(pid, "environ") and any(b"megalemur" in w for w in _lines(pid, "cmdline")):
+            below = descendants(pid)
+            if below:
+                return below[0], pid
+    raise AssertionError(f"no processes of rank {rank}")
+
+
+def _lines(pid: int, what: str) -> list[bytes]:
+    try:
+        return Path(f"/proc/{pid}/{what}").read_bytes().split(b"\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def _forked(trial: Trial) -> str:
     chance = trial.chance
     ranks = chance.choice([1, 2, 2, 3])
     rank, step = chance.randrange(ranks), chance.randrange(5, 30)
@@ -28,8 +76,8 @@ def trial(_: Path, trial: Trial) -> str:
     os.mkfifo(trial.directory / "fifo")  # nobody writes it
     act = {"spin": "spin", "read": f"read {trial.directory}/fifo"}.get(action)
     faults = [Fault(rank, _PLACES[place], step, act)] if act else []
-    settings = (f"parallel.data={ranks}", "data.global_batch_size=12", "run.steps=100000", "run.collective_timeout=60")
-    config = tiny_run(trial.directory, *settings, f"watchdog.timeout={_TIMEOUT}", num_layers=2)
+    settings = (f"parallel.data={ranks}", "data.global_batch_size=12")
+    config = tiny_run(trial.directory, *settings, *_RUN, f"watchdog.timeout={_TIMEOUT}", num_layers=2)
     with launched(config, *faults) as run:
         run.wait_for_step(step - 1)
         if action == "stop":
@@ -51,5 +99,4 @@ CAMPAIGN = Campaign(
     passes=f"code {exit_codes.HANG} within watchdog.timeout + 5 s, that rank alone is named, nothing is left running",
     prepare=lambda directory: directory,
     trial=trial,
-    real_every=0,
 )

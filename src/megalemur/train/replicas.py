@@ -67,43 +67,69 @@ class Digester:
 class ReplicaCheck:
     """Compares every few steps, just before the update: parameters as the forward and backward pass used them."""
 
-    def __init__(self, place: Place, circles: Callable[[], Sequence[Circle]], *, every: int, steps_taken: int):
+    def __init__(
+        self,
+        place: Place,
+        circles: Callable[[], Sequence[Circle]],
+        norms: Sequence[torch.Tensor] = (),
+        *,
+        every: int,
+        steps_taken: int,
+    ):
         """Set up.
 
         Args:
             place: this rank.
             circles: what must be equal now; the same circles, with the same tensors, on all ranks of each.
-            every: steps between comparisons; 0: never.
+            norms: parameters that tensor-parallel ranks share, looked at in every step: the next update overwrites them
+                from their masters, and they are small. None of them only where there are none on all ranks.
+            every: steps between comparisons of everything; 0: nothing is ever compared.
             steps_taken: by the run so far, so that a restart compares in the same steps.
         """
-        self._place, self._circles, self._every, self._steps = place, circles, every, steps_taken
+        self._place, self._circles, self._norms = place, circles, norms
+        self._every, self._steps = every, steps_taken
         self._digest: Digester | None = None
 
     def when_due(self) -> list[Event]:
-        """`compare` in the steps that are due; called once a step."""
+        """`compare` in the steps that are due, and where the norms have come apart; called once a step."""
         self._steps += 1
-        due = self._every > 0 and self._steps % self._every == 0
-        return self.compare() if due else []
+        if not self._every:
+            return []
+        due = self._steps % self._every == 0
+        return self.compare() if due or (self._norms and self._norms_differ()) else []
 
     def compare(self) -> list[Event]:
         """One event where anything differs, the same on all ranks. A collective."""
-        if self._digest is None:
-            self._digest = Digester(self._place.device)
-        found = [one for circle in self._circles() for one in self._differences(circle, self._digest)]
-        anywhere = torch.tensor([bool(found)], dtype=torch.uint8)
-        dist.all_reduce(anywhere, op=dist.ReduceOp.MAX, group=self._place.cpu_group)
-        if not anywhere:
+        found = [one for circle in self._circles() for one in self._differences(circle)]
+        if not self._anywhere(bool(found)):
             return []
         said = Peers(self._place.cpu_group).all_gather({"label": self._place.label, "found": found})
         labels = [other["label"] for other in said]
         return [_event([one for other in said for one in other["found"]], labels)]
 
-    def _differences(self, circle: Circle, digest: Digester) -> list[dict[str, Any]]:
+    def _norms_differ(self) -> bool:
+        """Whether the norms of any tensor-parallel ranks differ; one digest over all of them. A collective."""
+        rows = self._digests([torch.cat([norm.detach().reshape(-1) for norm in self._norms])], self._place.tp_group)
+        return self._anywhere(bool((rows != rows[0]).any()))
+
+    def _anywhere(self, here: bool) -> bool:
+        """Whether it is so on any rank."""
+        anywhere = torch.tensor([here], dtype=torch.uint8)
+        dist.all_reduce(anywhere, op=dist.ReduceOp.MAX, group=self._place.cpu_group)
+        return bool(anywhere)
+
+    def _digests(self, tensors: Sequence[torch.Tensor], group: dist.ProcessGroup) -> torch.Tensor:
+        """[rank of the group, tensor], on the CPU: the one sync of a comparison."""
+        if self._digest is None:
+            self._digest = Digester(self._place.device)
+        mine = torch.stack([self._digest(tensor) for tensor in tensors])
+        everyone = mine.new_empty(dist.get_world_size(group) * len(mine))
+        dist.all_gather_into_tensor(everyone, mine, group=group)
+        return everyone.view(-1, len(mine)).cpu()
+
+    def _differences(self, circle: Circle) -> list[dict[str, Any]]:
         """What differs in a circle; told by its first rank alone."""
-        mine = torch.stack([digest(held.tensor) for held in circle.held])
-        everyone = mine.new_empty(dist.get_world_size(circle.group) * len(mine))
-        dist.all_gather_into_tensor(everyone, mine, group=circle.group)
-        rows = everyone.view(-1, len(mine)).cpu()  # the one sync of a circle
+        rows = self._digests([held.tensor for held in circle.held], circle.group)
         if dist.get_rank(circle.group) != 0:
             return []
         ranks = dist.get_process_group_ranks(circle.group)
@@ -141,6 +167,13 @@ def _event(found: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> Event:
     return Event("replicas", text, facts)
 
 
+def norms_of(config: RunConfig, chunks: Sequence[torch.nn.Module]) -> list[torch.nn.Parameter]:
+    """Parameters that every tensor-parallel rank holds in full; none where there is one such rank."""
+    if config.parallel.tensor == 1:
+        return []
+    return [p for chunk in chunks for p in chunk.parameters() if not getattr(p, "tensor_model_parallel", False)]
+
+
 def circles_of(
     config: RunConfig, place: Place, chunks: Sequence[torch.nn.Module], optimizer: Optimizer, segments: Segments
 ) -> list[Circle]:
@@ -158,7 +191,7 @@ def circles_of(
         state = [] if config.parallel.distributed_optimizer else _states(owned, named)
         circles.append(Circle("replicas", place.dp_cp_group, [*parameters, *state]))
     if config.parallel.tensor > 1:
-        norms = {p: name for p, name in named.items() if not getattr(p, "tensor_model_parallel", False)}
+        norms = {p: named[p] for p in norms_of(config, chunks)}
         circles.append(Circle("tensor-parallel ranks", place.tp_group, _all_of(norms, owned)))
     ends = place.embedding_group if config.model.tie_embeddings and config.parallel.pipeline > 1 else None
     if ends is not None:

@@ -26,7 +26,7 @@ from megalemur.train.forward import ForwardStep
 from megalemur.train.guard import Guard, GuardState
 from megalemur.train.origin import Origin, fill_pieces
 from megalemur.train.pace import ReadyClock
-from megalemur.train.replicas import ReplicaCheck, circles_of
+from megalemur.train.replicas import ReplicaCheck, circles_of, norms_of
 from megalemur.train.resume import Changes, report_changes
 from megalemur.train.start import Start, Starts
 from megalemur.train.state import RunState
@@ -137,6 +137,7 @@ def build_guard(run: Run) -> Guard:
     replicas = ReplicaCheck(
         place,
         lambda: circles_of(run.config, place, engine.chunks, engine.optimizer, run.segments),
+        norms_of(run.config, engine.chunks),
         every=run.config.run.check_replicas_every,
         steps_taken=run.state.step,
     )

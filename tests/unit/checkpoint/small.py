@@ -52,18 +52,26 @@ def kill_before_effect(number: int, work: Callable[[], Any]) -> int:
 
 
 def _counted(number: int, work: Callable[[], Any]) -> None:
+    kill_at_effect(number)
+    work()
+
+
+def kill_at_effect(number: int, *, behind: bool = False) -> None:
+    """From now on, end this process right before its `number`-th effect on the disk, or behind it."""
     left = number
 
     def killing(effect: Callable[..., Any]) -> Callable[..., Any]:
         def run(*arguments: Any) -> Any:
             nonlocal left
             left -= 1
-            if not left:
+            if left == 0 and not behind:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return effect(*arguments)
+            found = effect(*arguments)
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return found
 
         return run
 
     for name in EFFECTS:
         setattr(disk, name, killing(getattr(disk, name)))
-    work()
