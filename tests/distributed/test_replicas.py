@@ -84,6 +84,7 @@ def run_with_a_flip(config, before_step, kind):
     from megalemur.train.agreement import StopRequest
     from megalemur.train.guard import ReplicaError
     from megalemur.train.loop import run_loop
+    from megalemur.train.replicas import norms_of
 
     run = start(config)
     events = []
@@ -92,6 +93,9 @@ def run_with_a_flip(config, before_step, kind):
         def after_step(self, report):
             events.extend(report.events)
             if report.step == before_step - 1 and run.place.rank == 1:
+                if kind == "norm":
+                    flip(norms_of(run.config, run.engine.chunks)[0], 3, 9)
+                    return
                 pieces = [p for p in run.pieces() if p.kind == kind]
                 last = next((p for p in pieces if p.name == "model.norm.weight"), pieces[0])
                 flip(last.tensor, 3, 20)
@@ -119,6 +123,14 @@ def test_the_run_stops_within_k_steps_and_says_who(tmp_path):
     assert "model.norm.weight (exp_avg_sq): rank 1 (tp0 pp0 dp1) differs from replicas 0, 2" in said
     assert facts["ranks"] == "1" and facts["tensors"] >= 1
     assert not list((tmp_path / "checkpoints").glob("step_*")), "what has come apart is not saved"
+
+
+def test_a_norm_that_tensor_parallel_ranks_share_is_found_in_the_step_that_used_it(tmp_path):
+    layout = (f"{P}tensor=2", f"{P}pipeline=2", "precision.dtype=bf16", "run.check_replicas_every=100")
+    config = tiny_run(tmp_path, *layout, num_layers=4)
+    for step, said, kinds, _ in run_ranks(4, run_with_a_flip, config, 6, "norm"):
+        assert (step, kinds) == (6, ["replicas"])
+        assert "model.layers.0.input_layernorm.weight (parameter)" in said and "rank 1 (tp1 pp0 dp0)" in said
 
 
 def test_with_the_distributed_optimizer_a_gather_heals_what_flips_between_two_steps(tmp_path):
