@@ -22,8 +22,9 @@ def environment(kind: str, **arguments: Any) -> dict[str, str]:
         kind: `poison`, `flip` or `die`.
         arguments: of the class of that name below.
     """
-    path = f"{_ROOT / 'tests/support/injected'}:{_ROOT}"
-    return {_NAME: json.dumps([kind, arguments]), "PYTHONPATH": path}
+    before = os.environ.get("PYTHONPATH")
+    path = [str(_ROOT / "tests/support/injected"), str(_ROOT), *([before] if before else [])]
+    return {_NAME: json.dumps([kind, arguments]), "PYTHONPATH": ":".join(path)}
 
 
 def install(loop: ModuleType) -> None:
