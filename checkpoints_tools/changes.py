@@ -51,17 +51,18 @@ class Cast:
 class Resized:
     """Weights with more rows for the vocabulary, or without some that are padding."""
 
-    def __init__(self, source: Weights, vocab_size: int, fill: "Fill"):
+    def __init__(self, source: Weights, vocab_size: int, fill: "Fill", *, known: int | None = None):
         """Nothing is read yet.
 
         Args:
             source: weights alone; moments of rows that nobody trained do not exist.
             vocab_size: rows that there will be.
-            fill: what the rows beyond those of the source are.
+            fill: what the rows beyond the known ones are.
+            known: rows of the source that are kept; None: all that there is room for. The rest was padding.
         """
         assert all(key.kind == WEIGHT for key in source.dtypes)
         self._source, self._fill, self.dtypes = source, fill, dict(source.dtypes)
-        self._known = min(vocab_size, source.model.vocab_size)
+        self._known = min(vocab_size, source.model.vocab_size, *([] if known is None else [known]))
         self.model: ModelConfig = source.model.model_copy(update={"vocab_size": vocab_size, "preset": None})
 
     def read(self, key: Key, first: int, last: int) -> torch.Tensor:
@@ -107,13 +108,13 @@ class GivenFill(Fill):
         """Table's name to rows, [number of new tokens, hidden size]."""
         self._rows = rows
 
-    def refuse_unfit(self, model: ModelConfig, vocab_size: int) -> None:
-        """Compare with what will be asked for.
+    def refuse_unfit(self, model: ModelConfig, count: int) -> None:
+        """Compare with what will be asked for: `count` new rows.
 
         Raises:
             ConversionError: a table is missing, or has another shape.
         """
-        wanted = (vocab_size - model.vocab_size, model.hidden_size)
+        wanted = (count, model.hidden_size)
         for name in [name for name in hf_shapes(model) if name in TABLES]:
             found = self._rows.get(name)
             if found is None or tuple(found.shape) != wanted:
