@@ -11,5 +11,5 @@ class CertificateError(CheckpointError):
     """What was written is not what was read."""
 
 
-class RequestError(Exception):
+class RequestError(ValueError):
     """Something that a user wrote cannot be used: an option, a file of prompts, a list of checkpoints."""

@@ -1,40 +1,35 @@
-"""How a command ends that cannot do what was asked: an error on stderr, and an exit code of its kind.
-
-The numbers are those of the command `megalemur`, where it has one for the same thing. Free of torch.
-"""
+"""How a command ends that cannot do what was asked: one line of error on stderr, and an exit code of its kind."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import typer
 
-from checkpoints_tools.errors import CertificateError, RequestError
-from megalemur.checkpoint.errors import CheckpointError
-
-WRONG = 11
-"""Something that a user wrote cannot be used. An option that does not exist ends with 2, typer's own code."""
-DAMAGED = 13
-"""A checkpoint cannot be read or written, or is not what its format says."""
-DIFFERENT = 20
-"""Two checkpoints differ, or differ by more than the bounds allow."""
+DONE, WRONG, DIFFERENT, DAMAGED = 0, 1, 3, 13
+"""Done, or equal; something that the user can change (2: no such option, typer's own); not equal; a checkpoint that is
+not what it says or what was written, as a run ends with where it finds one."""
 
 
 @contextmanager
 def errors_said() -> Iterator[None]:
-    """Turn an error that a user can mend into a message on stderr and an exit code; others keep their traceback.
+    """Turn an error into a line on stderr and an exit code.
 
     Raises:
         typer.Exit: with that code.
     """
+    from checkpoints_tools.errors import CertificateError, ConversionError
+    from megalemur.checkpoint.errors import CheckpointError
+
     try:
         yield
-    except (CheckpointError, RequestError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(code_of(error)) from None
-
-
-def code_of(error: Exception) -> int:
-    """The exit code of an error."""
-    if isinstance(error, CertificateError):
-        return DIFFERENT
-    return WRONG if isinstance(error, RequestError) else DAMAGED
+    except (ConversionError, ValueError, OSError) as error:
+        code = WRONG
+        said: Exception = error
+    except CertificateError as error:
+        code, said = DIFFERENT, error
+    except CheckpointError as error:
+        code, said = DAMAGED, error
+    else:
+        return
+    typer.echo(f"error: {said}", err=True)
+    raise typer.Exit(code)
