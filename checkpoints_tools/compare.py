@@ -17,7 +17,7 @@ from checkpoints_tools.regions import Key
 from megalemur.config.model import ModelConfig
 from megalemur.model.names import hf_shapes
 
-_PIECE = 1 << 20  # elements looked at one by one where the bytes of a block differ
+_PIECE = 1 << 18  # elements looked at one by one where a block differs: they stay in the cache
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _NOT_COMPARED = {"preset", "backend", "init_std"}  # they say how a run is made and not what a model is
 
@@ -178,11 +178,15 @@ def _bits(values: torch.Tensor) -> torch.Tensor:
 
 def _count(pair: TensorComparison, x: torch.Tensor, y: torch.Tensor) -> None:
     """Add what differs between the bits of two blocks."""
+    # the difference of two 16-bit values fits fp32 but for its last bit
+    wide = torch.float64 if pair.compared_as.itemsize > 2 else torch.float32
     for a, b in zip(x.split(_PIECE), y.split(_PIECE), strict=True):
         unequal = a != b
-        left, right = (bits[unequal].view(pair.compared_as).double() for bits in (a, b))
-        if len(left):
-            gaps = (left - right).abs().nan_to_num(nan=math.inf, posinf=math.inf)
-            pair.differing += len(gaps)
+        count = int(unequal.sum())
+        if count:
+            gaps = (a.view(pair.compared_as).to(wide) - b.view(pair.compared_as).to(wide)).abs_()
+            if not gaps.max().isfinite():  # a NaN is no difference where the other side has the same
+                gaps = torch.where(unequal, gaps.nan_to_num(nan=math.inf, posinf=math.inf), 0)
+            pair.differing += count
             pair.max_difference = max(pair.max_difference, gaps.max().item())
-            pair.squares += gaps.square().sum().item()
+            pair.squares += gaps.double().square_().sum().item()

@@ -37,8 +37,9 @@ TEXTS = (
     "    char line[4096];\n"
     '    FILE *file = argc > 1 ? fopen(argv[1], "r") : stdin;\n'
     "    while (file != NULL && fgets(line, sizeof line, file)) {\n",
-    "SELECT c.name, COUNT(*) AS orders, SUM(o.total) AS spent\nFROM customers c\nJOIN orders o ON o.customer_id = c.id\n"
-    "WHERE o.placed_at >= '2021-03-01'\nGROUP BY c.name\nHAVING COUNT(*) > 3\nORDER BY",
+    "SELECT c.name, COUNT(*) AS orders, SUM(o.total) AS spent\nFROM customers c\n"
+    "JOIN orders o ON o.customer_id = c.id\nWHERE o.placed_at >= '2021-03-01'\n"
+    "GROUP BY c.name\nHAVING COUNT(*) > 3\nORDER BY",
     "Frage: Ein Zug fährt um 9:40 Uhr ab und braucht für 210 km zweieinhalb Stunden. Wann kommt er an, und wie schnell "
     "fährt er im Mittel?\nAntwort: Er kommt um",
     "Question: A baker sells 48 rolls in the morning and half as many in the afternoon. Each roll costs $0.75. How "
@@ -83,7 +84,9 @@ def read_prompts(path: Path) -> list[str]:
     return found
 
 
-def encode(files: Sequence[Mapping[str, bytes]], texts: Sequence[str] | None, *, vocab_size: int, limit: int) -> Encoded:
+def encode(
+    files: Sequence[Mapping[str, bytes]], texts: Sequence[str] | None, *, vocab_size: int, limit: int
+) -> Encoded:
     """Prompts for two checkpoints.
 
     Args:
@@ -103,14 +106,14 @@ def encode(files: Sequence[Mapping[str, bytes]], texts: Sequence[str] | None, *,
         if texts is not None:
             raise RequestError(f"neither checkpoint has a tokenizer for the prompts{why}; copy the model's there")
         ids = _random_ids(vocab_size, min(limit, _RANDOM_TOKENS))
-        return Encoded(ids, f"pseudo-random ids, for neither checkpoint has a tokenizer that can be read{why}")
+        return Encoded(ids, f"pseudo-random ids: neither checkpoint has a tokenizer that can be read{why}")
     name, cut = tokenizer
     chosen = TEXTS if texts is None else texts
     encoded = [cut(text)[:limit] for text in chosen]
     beyond = max((max(ids) for ids in encoded if ids), default=0)
     if beyond >= vocab_size:
         raise RequestError(f"{name} gives the id {beyond}, and the models know 0 to {vocab_size - 1}: it is another's")
-    result = Encoded(encoded, f"{len(encoded)} prompts, cut by {name}")
+    result = Encoded(encoded, f"{len(encoded)} texts, cut by {name}")
     if result.tokens > MAX_TOKENS:
         raise RequestError(f"the prompts have {result.tokens:,} tokens, {MAX_TOKENS:,} are possible; give fewer")
     return result
