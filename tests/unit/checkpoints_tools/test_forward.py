@@ -1,5 +1,8 @@
 """The layer-streamed forward pass computes what transformers computes, and no mistake of a converter escapes it."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -131,3 +134,13 @@ def test_prompts_that_cannot_be_run_are_refused(prompts, why):
     model = tiny_model()
     with pytest.raises(RequestError, match=why):
         forward.last_hidden(MemoryWeights(model, random_tensors(model)), prompts)
+
+
+def test_it_shares_nothing_with_the_model_that_is_trained():
+    code = (
+        "import sys, checkpoints_tools.logit_difference\n"
+        "shared = [name for name in sys.modules if name.startswith(('megatron', 'transformers', 'megalemur.model.'))]\n"
+        "assert set(shared) <= {'megalemur.model.names', 'megalemur.model.hf_config'}, shared"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

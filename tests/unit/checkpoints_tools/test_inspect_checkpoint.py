@@ -1,5 +1,6 @@
 """What a checkpoint holds is shown as it is: facts, tree, statistics, differences, and the same as JSON."""
 
+import io
 import json
 import math
 import shutil
@@ -7,12 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from checkpoints_tools import inspect_checkpoint, mover
+from checkpoints_tools.description import Listed
 from checkpoints_tools.exits import DAMAGED
+from checkpoints_tools.regions import WEIGHT, Key
 from checkpoints_tools.tensor_statistics import Statistics, all_statistics, joined, statistics_of
+from checkpoints_tools.tensor_tree import tensor_tree
+from megalemur.model.names import hf_shapes
 from tests.support.tiny import write_llama
 from tests.support.weights import MemoryWeights, random_tensors, tiny_model
 
@@ -137,3 +143,17 @@ def test_what_is_no_number_is_left_out_and_counted(values, expected):
     found = statistics_of(torch.tensor(values))
     assert found == expected and joined([found, Statistics()]) == found
     assert math.isnan(Statistics(1, 1).mean) and Statistics(4, 1, 2, 2.0, 2.0, 2.0, 4.0).mean == 2.0
+
+
+def test_optimizer_state_has_branches_of_its_own():
+    shapes = hf_shapes(tiny_model())
+    tensors = [
+        Listed(Key(kind, n), shape, torch.float32) for kind in (WEIGHT, "exp_avg") for n, shape in shapes.items()
+    ]
+    console = Console(width=200, file=io.StringIO())
+    console.print(tensor_tree("Tensors", tensors))
+    lines = console.file.getvalue().splitlines()
+    assert [line.split()[1] for line in lines if not line.startswith(("│", " ", "T"))] == ["weights", "exp_avg"]
+    assert sum("q_proj" in line for line in lines) == 2 and sum("0 to 1, alike" in line for line in lines) == 2
+    # a tensor's columns stand one below the other, however deep its name is
+    assert len({line.rindex("fp32") for line in lines if "fp32" in line}) == 1

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from checkpoints_tools import verify
+from checkpoints_tools.conversion import Request, convert
 from checkpoints_tools.exits import DAMAGED, DIFFERENT, WRONG
 from checkpoints_tools.formats import open_any
 from tests.support.tiny import write_llama
@@ -104,6 +105,18 @@ def test_a_damaged_checkpoint_ends_with_its_own_code(pair, cut):
     weights.write_bytes(weights.read_bytes()[:-cut])
     done = run(*pair)
     assert done.exit_code == DAMAGED and "model.safetensors" in done.stderr and "Traceback" not in done.output
+
+
+def test_a_flipped_bit_that_our_own_format_knows_of_is_damage_and_no_difference(pair, tmp_path):
+    opened = open_any(pair[0])
+    convert(opened, opened, Request(tmp_path / "native", "megalemur"))
+    assert run(pair[0], tmp_path / "native").exit_code == 0
+    (weights,) = (tmp_path / "native").glob("*.safetensors")
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 1
+    weights.write_bytes(data)
+    done = run(pair[0], tmp_path / "native")
+    assert done.exit_code == DAMAGED and weights.name in done.stderr
 
 
 @pytest.mark.parametrize(
