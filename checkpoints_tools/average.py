@@ -11,6 +11,9 @@ from checkpoints_tools.errors import ConversionError, RequestError
 from checkpoints_tools.opened import Weights
 from checkpoints_tools.printing import dtype_text
 from checkpoints_tools.regions import WEIGHT, Key
+from megalemur.model.names import hf_shapes
+
+_PIECE = 1 << 18  # elements summed together: they stay in the cache
 
 
 class Average:
@@ -68,14 +71,18 @@ class Average:
             ConversionError: a value is not finite, in a checkpoint or in the result's dtype.
             DamagedCheckpoint: a checkpoint cannot be read, or is not what it says.
         """
-        total: torch.Tensor | None = None
-        for checkpoint, share in zip(self._checkpoints, self._shares, strict=True):
-            rows = checkpoint.read(key, first, last)
-            if total is None:
-                total = rows.double().mul_(share)
-            else:
-                total.add_(rows, alpha=share)
-        assert total is not None
+        shape = (last - first, *hf_shapes(self.model)[key.name][1:])
+        out = torch.empty(shape, dtype=self.dtypes[key])
+        step = max(1, _PIECE // math.prod(shape[1:]))
+        for start in range(first, last, step):
+            stop = min(start + step, last)
+            out[start - first : stop - first] = self._mean(key, start, stop)
+        return out
+
+    def _mean(self, key: Key, first: int, last: int) -> torch.Tensor:
+        total = self._checkpoints[0].read(key, first, last).double().mul_(self._shares[0])
+        for checkpoint, share in zip(self._checkpoints[1:], self._shares[1:], strict=True):
+            total.add_(checkpoint.read(key, first, last).double(), alpha=share)
         mean = total.div_(math.fsum(self._shares)).to(self.dtypes[key])
         if not mean.isfinite().all():
             raise ConversionError(

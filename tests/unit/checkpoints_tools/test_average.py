@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from checkpoints_tools import average_checkpoints, mover
+from checkpoints_tools import average, average_checkpoints, mover
 from checkpoints_tools.average import Average
 from checkpoints_tools.compare import compare
 from checkpoints_tools.errors import ConversionError, RequestError
@@ -58,7 +58,8 @@ def test_the_mean_of_equal_checkpoints_is_the_checkpoint(dtype, shares):
 def test_the_result_depends_neither_on_blocks_nor_on_threads(monkeypatch):
     mean = Average(checkpoints(3, torch.bfloat16), [3, 1, 2])
     whole = {key: mean.read(key, 0, hf_shapes(MODEL)[key.name][0]) for key in mean.dtypes}
-    monkeypatch.setattr(mover, "BLOCK_BYTES", 300)
+    monkeypatch.setattr(mover, "BLOCK_BYTES", 3000)
+    monkeypatch.setattr(average, "_PIECE", 200)
     assert compare(mean, MemoryWeights(MODEL, {key.name: t for key, t in whole.items()}), workers=5).equal()
 
 
