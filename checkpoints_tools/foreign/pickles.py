@@ -9,7 +9,7 @@ import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -246,7 +246,7 @@ class _Reader(pickle._Unpickler):
             raise PickleError(f"{type(error).__name__}: {error}"[:300]) from None
 
     # the dispatch table of the class above, with those operations replaced that are not as they should be
-    dispatch: dict[int, Callable[[Any], None]] = dict(pickle._Unpickler.dispatch)  # noqa: RUF012
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
 
     def _refused(self) -> None:
         raise PickleError("it has an operation that no checkpoint needs")
