@@ -116,8 +116,8 @@ def _said(outcome: "Outcome", request: "Request") -> str:
         return f"{seconds:.1f} s ({decimal(int(outcome.bytes / max(seconds, 1e-9)))}/s)"
 
     return (
-        f"{request.destination}: {decimal(outcome.bytes)} written in {rate(outcome.write_seconds)}, read back and found "
-        f"equal in {rate(outcome.verify_seconds)}; conversion.json says so"
+        f"{request.destination}: {decimal(outcome.bytes)} written in {rate(outcome.write_seconds)}, read back and "
+        f"found equal in {rate(outcome.verify_seconds)}; conversion.json says so"
     )
 
 
