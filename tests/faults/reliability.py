@@ -53,7 +53,10 @@ def _failures(name: str, batches: list[Batch]) -> str:
     said = [(batch.seed, failure) for batch in batches for failure in batch.failures]
     if not said:
         return ""
-    lines = "".join(f"- seed {seed}, trial {failure['trial']}\n" for seed, failure in said)
+    lines = "".join(
+        f"- seed {seed}, trial {failure['trial']}: {failure.get('mended', 'not explained yet')}\n"
+        for seed, failure in said
+    )
     return f"\n## Failed trials of {name}\n\n{lines}"
 
 
