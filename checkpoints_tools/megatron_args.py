@@ -19,6 +19,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "norm_eps": ("norm_epsilon", "layernorm_epsilon"),
     "rope_theta": ("rotary_base",),
     "max_position_embeddings": ("max_position_embeddings", "seq_length"),
+    "vocab_size": ("vocab_size", "padded_vocab_size"),
 }
 _MCORE_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """megatron-core's own constants; only the factor is a setting."""
@@ -57,8 +58,7 @@ def model_of_settings(settings: Mapping[str, Any], where: Path) -> ModelConfig:
         ConversionError: settings that are missing, or that make another model than a Llama; lists every reason.
     """
     found = {name: _first(settings, names) for name, names in _NAMES.items()}
-    found["vocab_size"] = _first(settings, ("vocab_size", "padded_vocab_size"))
-    missing = [" or ".join(_NAMES.get(name, ("padded_vocab_size",))) for name, value in found.items() if value is None]
+    missing = [" or ".join(_NAMES[name]) for name, value in found.items() if value is None]
     refusals = [*(f"{name} is missing" for name in missing), *_refusals(settings)]
     if refusals:
         listing = "".join(f"\n  - {refusal}" for refusal in refusals)
@@ -156,6 +156,13 @@ def _tied(settings: Mapping[str, Any]) -> Any:
 
 
 def _scaling(settings: Mapping[str, Any]) -> RopeScaling | None:
+    if settings.get("old_context_len") is not None:  # NeMo's name for the original context, with its own three others
+        return RopeScaling(
+            factor=settings.get("scale_factor"),
+            low_freq_factor=settings.get("low_freq_factor"),
+            high_freq_factor=settings.get("high_freq_factor"),
+            original_max_position_embeddings=settings.get("old_context_len"),
+        )
     if not _first(settings, ("use_rope_scaling", "rope_scaling")):
         return None
     return RopeScaling(factor=settings.get("rope_scaling_factor") or 8.0, **_MCORE_ROPE)

@@ -1,8 +1,8 @@
-"""The format `megatron`, read: torch_dist checkpoints of megatron-core, as Megatron-LM, Megatron-Bridge and NeMo save them.
+"""The format `megatron`, read: torch_dist checkpoints as Megatron-LM, Megatron-Bridge and NeMo save them.
 
 A directory with `metadata.json`, `.metadata` (which box of which global tensor lies where), `__R_N.distcp` files (one
-archive of torch.save behind the other) and `common.pt` (what is no tensor). Opens the directory itself, the one above it
-with `latest_checkpointed_iteration.txt`, and NeMo's with `weights/` and `context/`.
+archive of torch.save behind the other) and `common.pt` (what is no tensor). Opens the directory itself, the one above
+it with `latest_checkpointed_iteration.txt`, and NeMo's with `weights/` and `context/`.
 """
 
 import re
@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_tools.errors import ConversionError
-from checkpoints_tools.foreign import DcpChunk, DcpMetadata, DcpTensor, StoredTensor, read_archive, read_dcp_metadata
+from checkpoints_tools.foreign import (
+    DcpChunk,
+    DcpMetadata,
+    DcpTensor,
+    Namespace,
+    StoredTensor,
+    read_archive,
+    read_dcp_metadata,
+)
 from checkpoints_tools.megatron_args import HOW_TO_GIVE_IT, model_of_settings
 from checkpoints_tools.megatron_tensors import (
     EMBEDDING,
@@ -29,6 +37,7 @@ from checkpoints_tools.opened import Opened
 from checkpoints_tools.regions import WEIGHT, Key, Region, Regions
 from megalemur.checkpoint.errors import DamagedCheckpoint, UnreadableCheckpoint
 from megalemur.checkpoint.manifest import box_text, is_plain_path
+from megalemur.config.load import parse_settings
 from megalemur.config.model import ModelConfig
 from megalemur.config.plain_files import read_plain
 from megalemur.config.strict_json import parse_json
@@ -36,9 +45,11 @@ from megalemur.parallel.boxes import Box
 
 FORMAT = "megatron"
 METADATA, COMMON, BACKEND = ".metadata", "common.pt", "metadata.json"
-TRACKER, TOKENIZER, NEMO_WEIGHTS = "latest_checkpointed_iteration.txt", "tokenizer", "weights"
+TRACKER, TOKENIZER = "latest_checkpointed_iteration.txt", "tokenizer"
+BRIDGE_CONFIG, NEMO_WEIGHTS, NEMO_CONFIG = "run_config.yaml", "weights", "context/model.yaml"
 
 _SMALL = 1 << 20
+_MAX_YAML = 16 << 20
 _MAX_TOKENIZER_FILES = 64
 _BUCKETS = re.compile(r"(?:chained_\d+\.)?optimizer\.distributed\..*")
 # what a model computes again: older checkpoints hold it
@@ -123,28 +134,46 @@ def _common(directory: Path) -> Mapping[str, Any]:
 
 def _model(directory: Path, common: Mapping[str, Any], rows: int) -> tuple[ModelConfig, list[str]]:
     """What the checkpoint says about its model, and what is not certain."""
-    settings = _settings(common)
-    if settings is None:
+    where, settings = _settings(directory, common)
+    if not settings:
         raise ConversionError(
-            f"{directory / COMMON}: holds no arguments of Megatron-LM. Heads, groups, rotary base and the epsilon of the "
-            f"norms cannot be told from shapes: {HOW_TO_GIVE_IT}"
+            f"{directory}: neither {COMMON} nor {BRIDGE_CONFIG} nor NeMo's context says what the model is. Heads, "
+            f"groups, rotary base and the epsilon of the norms cannot be told from shapes: {HOW_TO_GIVE_IT}"
         )
-    model = model_of_settings(settings, directory / COMMON)
+    model = model_of_settings({"padded_vocab_size": rows, **settings}, where)
     if settings.get("vocab_size") is None or model.vocab_size > rows:
         note = f"the true size of the vocabulary is not recorded: all {rows} rows are kept, padding among them"
         return model.model_copy(update={"vocab_size": rows}), [note]
     return model, []
 
 
-def _settings(common: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Megatron-LM's arguments by name."""
+def _settings(directory: Path, common: Mapping[str, Any]) -> tuple[Path, Mapping[str, Any]]:
+    """The file that says what the model is, and its settings; none where nothing says it."""
     args = common.get("args")
-    values = getattr(args, "values", None) if not isinstance(args, Mapping) else args
-    return values if isinstance(values, Mapping) and "num_layers" in values else None
+    if isinstance(args, Namespace) and "num_layers" in args.values:
+        return directory / COMMON, args.values
+    bridge, nemo = directory / BRIDGE_CONFIG, directory.parent / NEMO_CONFIG
+    if bridge.is_file():
+        return bridge, _yaml_section(bridge, "model")
+    if directory.name == NEMO_WEIGHTS and nemo.is_file():
+        return nemo, _yaml_section(nemo, "config")
+    return directory, {}
+
+
+def _yaml_section(file: Path, name: str) -> Mapping[str, Any]:
+    try:
+        values = parse_settings(read_plain(file, _MAX_YAML).decode(), str(file))
+    except OSError as error:
+        raise UnreadableCheckpoint(file, f"cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ConversionError(f"{file}: cannot be used; {HOW_TO_GIVE_IT}: {error}") from None
+    section = values.get(name) if isinstance(values, dict) else None
+    return section if isinstance(section, dict) else {}
 
 
 def _facts(common: Mapping[str, Any], metadata: DcpMetadata) -> dict[str, Any]:
-    settings = _settings(common) or {}
+    args = common.get("args")
+    settings = args.values if isinstance(args, Namespace) else {}
     told = {
         "step": common.get("iteration", common.get("global_step")),
         "tensor_parallel": settings.get("tensor_model_parallel_size"),

@@ -1,9 +1,9 @@
 """megatron-core's global tensors, as torch_dist checkpoints name and shape them, in Hugging Face coordinates.
 
-A global tensor is what one tensor-parallel rank of one would hold, so the table of the model's own parameters
+A global tensor is what a rank without tensor parallelism would hold, so the table of the model's own parameters
 (`megalemur.model.names`) says what it is made of. Layers are stacked along a first axis, `decoder.layers.mlp...`, or
-numbered, `decoder.layers.3.mlp...`; fc1 is gate above up, or two tensors `_w` and `_v`. Which part of a global tensor is
-stored where is the checkpoint's affair: any box of it, or flat ranges of a grid of equal shards.
+numbered, `decoder.layers.3.mlp...`; fc1 is gate above up, or two tensors `_w` and `_v`. Which part of a global tensor
+is stored where is the checkpoint's affair: any box of it, or flat ranges of a grid of equal shards.
 """
 
 import math

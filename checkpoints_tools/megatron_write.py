@@ -1,15 +1,15 @@
 """The format `megatron`, written: a torch_dist checkpoint of the weights, for any layout that loads it.
 
-A `--load` directory of Megatron-LM: `release/` and a tracker that names it. That word says what this is, weights without
-an optimizer: Megatron-LM then starts at iteration 0 and looks for no optimizer and no random state, with no further flag.
-megatron-core and Megatron-Bridge take the directory `release` itself.
+A `--load` directory of Megatron-LM: `release/` and a tracker that names it. That word says what this is, weights
+without an optimizer: Megatron-LM then starts at iteration 0 and looks for no optimizer and no random state, with no
+further flag. megatron-core itself loads from `release/`.
 
-One file for the embedding, one a layer, one for the final norm and the head; in a file one archive a parameter, as a job
-without tensor parallelism would save it: fc1 as two boxes, gate above up. Layers are stacked along a first axis.
+One file for the embedding, one a layer, one for the final norm and the head; in a file one archive a parameter, as a
+job without tensor parallelism would save it: fc1 as two boxes, gate above up. Layers are stacked along a first axis.
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -177,8 +177,8 @@ def _metadata(archives: Sequence[_Archive], model: ModelConfig, state_bytes: int
         known = tensors.setdefault(box.key, DcpTensor(box.size, archive.dtype, ()))
         if known.dtype != archive.dtype:
             raise ConversionError(
-                f"{box.key} would be {known.dtype} in one layer and {archive.dtype} in another, and Megatron stacks the "
-                "layers: ask for one dtype (--dtype)"
+                f"{box.key} would be {known.dtype} in one layer and {archive.dtype} in another, and Megatron stacks "
+                "the layers: ask for one dtype (--dtype)"
             )
         chunk = DcpChunk(box.offsets, box.sizes, archive.file, archive.at, archive.framed.size)
         tensors[box.key] = known._replace(chunks=(*known.chunks, chunk))

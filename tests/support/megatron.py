@@ -3,14 +3,16 @@
 import argparse
 import multiprocessing
 import queue
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from megalemur.config.run import RunConfig
+from megalemur.parallel.state import Piece
 from megalemur.train.setup import Run
-from tests.support.training import forward_logits, start
+from tests.support.training import forward_logits, start, take_steps
 
 
 def _write_in_this_process() -> None:
@@ -24,28 +26,49 @@ def _write_in_this_process() -> None:
     filesystem_async._get_write_results_queue = lambda: results
 
 
-def _model_state(run: Run, metadata: dict[str, Any]) -> dict[str, Any]:
+def _model_state(run: Run, metadata: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """The chunks' sharded state, by the keys of Megatron-LM."""
     chunks = [chunk.module for chunk in run.engine.chunks]
     names = ["model"] if len(chunks) == 1 else [f"model{number}" for number in range(len(chunks))]
-    return {name: chunk.sharded_state_dict(metadata=dict(metadata)) for name, chunk in zip(names, chunks, strict=True)}
+    return {
+        name: chunk.sharded_state_dict(prefix, metadata=dict(metadata))
+        for name, chunk in zip(names, chunks, strict=True)
+    }
 
 
 def save_by_megatron(
-    directory: Path, config: RunConfig, args: dict[str, Any] | None, metadata: dict[str, Any] | None = None
-) -> None:
-    """Save the model that `config` starts from, as Megatron-LM saves at step 10."""
+    directory: Path,
+    config: RunConfig,
+    args: dict[str, Any] | None,
+    metadata: dict[str, Any] | None = None,
+    steps: int = 0,
+    prefix: str = "",
+) -> list[Piece]:
+    """Train some steps from where `config` starts, and save as Megatron-LM does at step 10, with the optimizer if there
+    were steps. This rank's part of the state, in Hugging Face coordinates."""
     import torch.distributed as dist
     from megatron.core import dist_checkpointing
 
     _write_in_this_process()
     run = start(config)
+    take_steps(run, steps)
+    model = _model_state(run, metadata or {}, prefix)
     state: dict[str, Any] = {"args": argparse.Namespace(**args) if args else None, "checkpoint_version": 3.0}
-    state |= {"iteration": 10, **_model_state(run, metadata or {})}
+    state |= {"iteration": 10, **model}
+    if steps:
+        # without Transformer Engine megatron-core looks for the step where torch's AdamW keeps it, beside the moments
+        for part in run.engine.optimizer._parts:
+            for moments in part.optimizer.state.values():
+                moments["step"] = torch.tensor(float(steps))
+        groups = {"dp_cp_group": run.place.dp_cp_group}
+        state["optimizer"] = run.engine.optimizer._wrapper.sharded_state_dict(
+            model, metadata={**(metadata or {}), **groups}
+        )
     if dist.get_rank() == 0:
         directory.mkdir(parents=True)
     dist.barrier()
     dist_checkpointing.save(state, str(directory))
+    return [replace(piece, tensor=piece.tensor.clone()) for piece in run.pieces()]
 
 
 class Loaded(NamedTuple):
