@@ -44,6 +44,9 @@ _LLAMA: dict[str, tuple[Any, ...]] = {
     "window_size": (),
 }
 
+# a table of all tensors is made before any file is compared with it
+_MAX_LAYERS, _MAX_HEADS = 10_000, 4096
+
 HOW_TO_GIVE_IT = "give the config.json of the model, or of one with the same architecture (--hf-config DIRECTORY)"
 
 
@@ -64,7 +67,7 @@ def model_of_settings(settings: Mapping[str, Any], where: Path) -> ModelConfig:
         listing = "".join(f"\n  - {refusal}" for refusal in refusals)
         raise ConversionError(f"{where}: the settings describe no Llama that is known here; {HOW_TO_GIVE_IT}:{listing}")
     try:
-        return ModelConfig(
+        model = ModelConfig(
             **found,
             num_query_groups=_groups(settings, found["num_attention_heads"]),
             rope_scaling=_scaling(settings),
@@ -73,6 +76,9 @@ def model_of_settings(settings: Mapping[str, Any], where: Path) -> ModelConfig:
     except ValidationError as error:
         said = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']} ({e['input']!r})" for e in error.errors())
         raise ConversionError(f"{where}: {said}") from None
+    for problem in _misshapen(model, settings.get("kv_channels")):
+        raise ConversionError(f"{where}: {problem}")
+    return model
 
 
 def arguments_of(model: ModelConfig, padded_vocab: int) -> dict[str, Any]:
@@ -139,9 +145,16 @@ def _refusals(settings: Mapping[str, Any]) -> Iterator[str]:
         if value is not None and value not in allowed:
             wanted = f"a Llama has {allowed[0]!r}" if allowed else "a Llama has none"
             yield f"{name} is {value!r}; {wanted}"
-    heads, hidden, width = (settings.get(name) for name in ("num_attention_heads", "hidden_size", "kv_channels"))
-    if width is not None and isinstance(heads, int) and isinstance(hidden, int) and heads * width != hidden:
-        yield f"kv_channels is {width!r}; {heads} heads of hidden size {hidden} are {hidden / heads:g} wide"
+
+
+def _misshapen(model: ModelConfig, head_width: Any) -> Iterator[str]:
+    heads, groups, hidden = model.num_attention_heads, model.num_query_groups, model.hidden_size
+    if model.num_layers > _MAX_LAYERS or heads > _MAX_HEADS:
+        yield f"{model.num_layers} layers of {heads} heads: at most {_MAX_LAYERS} of {_MAX_HEADS} are looked for"
+    elif hidden % heads or heads % groups:
+        yield f"hidden size {hidden}, {heads} heads and {groups} groups do not divide each other"
+    elif head_width is not None and head_width != model.head_dim:
+        yield f"kv_channels is {head_width!r}; {heads} heads of hidden size {hidden} are {model.head_dim} wide"
 
 
 def _groups(settings: Mapping[str, Any], heads: int) -> Any:

@@ -202,6 +202,8 @@ class _Table:
     directory: Path
     metadata: DcpMetadata
     notes: list[str] = field(default_factory=list)
+    sizes: dict[str, int] = field(default_factory=dict)
+    """File to bytes, of those that were looked at."""
 
     def vocabulary(self) -> int:
         """Rows of the embedding, padding included."""
@@ -257,11 +259,24 @@ class _Table:
                 raise DamagedCheckpoint(self.directory / METADATA, f"{what} lies outside {list(tensor.size)}")
             yield self._stored(what, box, tensor, chunk)
 
+    def _bytes(self, file: Path) -> int:
+        if file.name not in self.sizes:
+            try:
+                self.sizes[file.name] = file.stat().st_size
+            except OSError as error:
+                raise UnreadableCheckpoint(file, f"cannot be read: {error.strerror}") from error
+        return self.sizes[file.name]
+
     def _stored(self, what: str, box: Box, tensor: DcpTensor, chunk: DcpChunk) -> Stored:
         """Where the elements lie: behind the header of the chunk's own archive."""
         if not is_plain_path(chunk.file) or "/" in chunk.file:
             raise DamagedCheckpoint(self.directory / METADATA, f"{what} is in {chunk.file!r}, which is no file's name")
         file = self.directory / chunk.file
+        if not 0 <= chunk.first < chunk.first + chunk.length <= self._bytes(file):
+            span = f"[{chunk.first}, {chunk.first + chunk.length})"
+            raise DamagedCheckpoint(
+                file, f"{what}: {METADATA} has it in bytes {span}, the file has {self._bytes(file)}"
+            )
         leaf = read_archive(file, chunk.first, chunk.length).tree
         if not isinstance(leaf, StoredTensor):
             raise DamagedCheckpoint(file, f"{what}: the archive at byte {chunk.first} holds no tensor")

@@ -189,6 +189,20 @@ def test_bf16_and_interleaved_chunks_load_what_is_written(tmp_path, layout):
     assert sum(sum(rank.compared.values()) for rank in ranks) >= elements
 
 
+def test_the_state_that_transformer_engine_asks_for_is_there_on_demand(tmp_path):
+    hf = write_llama(tmp_path / "hf", **LAYERS)
+    config = tiny_run(tmp_path, start_from=hf, **LAYERS)
+    asked = ("decoder.final_layernorm._extra_state",)
+    without = written_by_us(hf, tmp_path / "local", pad_vocab_to=16) / "release"
+    with_it = written_by_us(hf, tmp_path / "te", pad_vocab_to=16, transformer_engine=True) / "release"
+    weights = hf / "model.safetensors"
+    assert run_ranks(1, load_by_megatron, with_it, config, weights, TOKENS, asked)
+    with pytest.raises(AssertionError, match="final_layernorm._extra_state"):
+        run_ranks(1, load_by_megatron, without, config, weights, TOKENS, asked)
+    with pytest.raises(AssertionError, match="final_layernorm._extra_state"):
+        run_ranks(1, load_by_megatron, with_it, config, weights, TOKENS)
+
+
 def saved_state(tmp_path, config, **metadata):
     """What megatron-core saved after two steps, opened; and the same state from the ranks, whole."""
     model, args = config.model, args_of(config)

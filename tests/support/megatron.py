@@ -81,16 +81,29 @@ class Loaded(NamedTuple):
     """Largest absolute value of a padding row."""
 
 
-def load_by_megatron(directory: Path, config: RunConfig, expected: Path, tokens: torch.Tensor) -> Loaded:
-    """Load with megatron-core, as strictly as it can, and compare every parameter with a safetensors file."""
+def load_by_megatron(
+    directory: Path, config: RunConfig, expected: Path, tokens: torch.Tensor, also: tuple[str, ...] = ()
+) -> Loaded:
+    """Load with megatron-core, as strictly as it can, and compare every parameter with a safetensors file.
+
+    Args:
+        directory: the checkpoint.
+        config: model and layout.
+        expected: what the parameters must equal.
+        tokens: for the logits, [b, s].
+        also: keys of objects that are asked for besides.
+    """
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing import ShardedObject
     from megatron.core.dist_checkpointing.validation import StrictHandling
 
     run = start(config)
     with torch.no_grad():
         for parameter in run.segments:
             parameter.fill_(float("nan"))
-    loaded = dist_checkpointing.load(_model_state(run, {}), str(directory), strict=StrictHandling.RAISE_ALL)
+    wanted = {**_model_state(run, {}), **{key: ShardedObject(key, None, (1,), (0,)) for key in also}}
+    loaded = dist_checkpointing.load(wanted, str(directory), strict=StrictHandling.RAISE_ALL)
+    assert all(loaded[key] is None for key in also)
     for number, chunk in enumerate(run.engine.chunks):
         chunk.module.load_state_dict(loaded["model" if len(run.engine.chunks) == 1 else f"model{number}"])
     compared, padding = _compare(run, expected)
