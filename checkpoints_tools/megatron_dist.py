@@ -51,7 +51,7 @@ BRIDGE_CONFIG, NEMO_WEIGHTS, NEMO_CONFIG = "run_config.yaml", "weights", "contex
 _SMALL = 1 << 20
 _MAX_YAML = 16 << 20
 _MAX_TOKENIZER_FILES = 64
-_BUCKETS = re.compile(r"(?:chained_\d+\.)?optimizer\.distributed\..*")
+_OPTIMIZER = re.compile(r"(?:chained_\d+\.)?optimizer\..*")
 # what a model computes again: older checkpoints hold it
 _DERIVED = re.compile(r".*rotary_pos_emb\.inv_freq")
 
@@ -75,7 +75,10 @@ def open_megatron(path: Path, model: ModelConfig | None = None) -> Opened:
         ConversionError: another model than a Llama, or one that neither the checkpoint nor the caller describes.
         DamagedCheckpoint: files that are missing, cut short, or contradict each other.
     """
-    directory = _directory_of(path)
+    try:
+        directory = _directory_of(path)
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"{path / TRACKER}: says neither a number nor 'release': {error}") from None
     if directory is None:
         raise ConversionError(f"{path}: holds no torch_dist checkpoint ({BACKEND}, {METADATA} and {COMMON})")
     _check_backend(directory)
@@ -216,17 +219,15 @@ class _Table:
     def regions(self, model: ModelConfig, rows: int) -> Regions:
         """Every tensor of every kind; what no Llama has keeps its key, so that it is named as surplus."""
         found: dict[Key, list[Region]] = {}
-        skipped: set[str] = set()
         for key, tensor in self.metadata.tensors.items():
-            if _BUCKETS.fullmatch(key):
-                skipped.add("optimizer state in buckets")
-            elif not _DERIVED.fullmatch(key):
+            if not _DERIVED.fullmatch(key) and not _is_other_state(key):
                 for where, region in self._regions_of(key, tensor, model, rows):
                     found.setdefault(where, []).append(region)
-        if skipped:
+        left = [key for key in (*self.metadata.tensors, *self.metadata.objects) if _is_other_state(key)]
+        if left:
             self.notes.append(
-                "optimizer state in the layout of the job's own buckets (dp_reshardable) is not read: nothing in the "
-                "checkpoint says which parameter lies where; to have it, save with --dist-ckpt-optim-fully-reshardable"
+                f"{len(left)} entries of optimizer state are not read ({left[0]}): only tensors by parameter are, and a "
+                "distributed optimizer keeps them in its own buckets unless --dist-ckpt-optim-fully-reshardable is set"
             )
         return found
 
@@ -286,6 +287,11 @@ class _Table:
         if not _same_order(leaf.shape, leaf.strides):
             raise ConversionError(f"{file}: {what} is stored with strides {list(leaf.strides)}, not row by row")
         return Stored(box, chunk.file, leaf.offset, contiguous_strides(box.shape), leaf.dtype)
+
+
+def _is_other_state(key: str) -> bool:
+    """Whether this is the optimizer's and no tensor by parameter: buckets, and states of other optimizers."""
+    return _OPTIMIZER.fullmatch(key) is not None and read_key(key).kind == WEIGHT
 
 
 def _same_order(shape: Sequence[int], strides: Sequence[int]) -> bool:

@@ -253,6 +253,14 @@ def test_state_of_one_tensor_alone_is_named_as_incomplete(copy):
         open_megatron(copy)
 
 
+def test_state_of_another_optimizer_is_left_and_said(copy):
+    found = read_dcp_metadata(copy / ".metadata").tensors[FC2]
+    change(copy, f"optimizer.state.momentum_buffer.{FC2}", lambda _: found)
+    opened = open_megatron(copy)
+    assert {key.kind for key in opened.dtypes} == {"weight"}
+    assert "momentum_buffer" in opened.notes[0]
+
+
 @pytest.mark.parametrize("file", [".metadata", "common.pt", "metadata.json"])
 @pytest.mark.parametrize("data", [b"", b"\x80\x02}q\x00", b"PK\x03\x04 and no more"])
 def test_a_small_file_of_other_bytes_is_named(copy, file, data):
@@ -289,6 +297,8 @@ def test_other_directories_are_not_recognised(tmp_path, written):
     assert not recognises(tmp_path / "nowhere")
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("../../etc")
     assert not recognises(tmp_path)
+    with pytest.raises(ConversionError, match="neither a number nor 'release'"):
+        open_megatron(tmp_path)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
     assert not recognises(tmp_path)
     with pytest.raises(ConversionError, match="no torch_dist checkpoint"):
