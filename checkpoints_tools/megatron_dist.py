@@ -226,8 +226,8 @@ class _Table:
         left = [key for key in (*self.metadata.tensors, *self.metadata.objects) if _is_other_state(key)]
         if left:
             self.notes.append(
-                f"{len(left)} entries of optimizer state are not read ({left[0]}): only tensors by parameter are, and a "
-                "distributed optimizer keeps them in its own buckets unless --dist-ckpt-optim-fully-reshardable is set"
+                f"{len(left)} entries of optimizer state are not read ({left[0]}): only tensors by parameter are, and "
+                "a distributed optimizer keeps them in its own buckets unless --dist-ckpt-optim-fully-reshardable is set"
             )
         return found
 
