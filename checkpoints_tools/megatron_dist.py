@@ -227,7 +227,7 @@ class _Table:
         if left:
             self.notes.append(
                 f"{len(left)} entries of optimizer state are not read ({left[0]}): only tensors by parameter are, and "
-                "a distributed optimizer keeps them in its own buckets unless --dist-ckpt-optim-fully-reshardable is set"
+                "a distributed optimizer saves its own buckets unless --dist-ckpt-optim-fully-reshardable is set"
             )
         return found
 
