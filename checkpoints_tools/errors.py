@@ -9,3 +9,7 @@ class ConversionError(CheckpointError):
 
 class CertificateError(CheckpointError):
     """What was written is not what was read."""
+
+
+class RequestError(ValueError):
+    """Something that a user wrote cannot be used: an option, a file of prompts, a list of checkpoints."""

@@ -42,6 +42,7 @@ NAMES = (
     "nans",
     "replica_flips",
     "retention",
+    "conversions",
     "soak",
 )
 """Modules of this folder, each with a CAMPAIGN."""

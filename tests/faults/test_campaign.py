@@ -41,6 +41,7 @@ def test_the_page_is_that_of_the_results() -> None:
 
 SLICES = {"damage": 15, "crash_points": 3, "replica_flips": 2, "builds": 0, "resume_same_layout": 0} | {
     "clean_steps": 0,
+    "conversions": 5,
     "soak": 0,
 }
 """Trials in each run of the tests, where not one: building and resuming have tests of their own, a soak takes long."""

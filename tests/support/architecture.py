@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "supervise": ("config",),
     "config": (),
     "data_prep": ("config", "data"),
-    "checkpoints_tools": ("config", "checkpoint", "model"),
+    "checkpoints_tools": ("config", "checkpoint", "model", "parallel"),
 }
 """Room to the other rooms of megalemur that it may import."""
 

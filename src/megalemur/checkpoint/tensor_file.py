@@ -52,7 +52,7 @@ class TensorFileWriter:
         self._part_bytes = self._written = self._started = 0
         self._file = disk.create(path)
         self._digesting = ThreadPoolExecutor(1, thread_name_prefix="megalemur-digest")
-        self._put(memoryview(_header(specs)))
+        self._put(memoryview(header_bytes(specs)))
 
     def __enter__(self) -> "TensorFileWriter":
         return self
@@ -136,14 +136,15 @@ def write_bytes(path: Path, data: bytes) -> FileEntry:
 
 def offsets(specs: Mapping[str, TensorSpec]) -> dict[str, int]:
     """First byte of each tensor in the file that these specs make."""
-    position, found = len(_header(specs)), {}
+    position, found = len(header_bytes(specs)), {}
     for name, spec in specs.items():
         found[name] = position
         position += spec.bytes
     return found
 
 
-def _header(specs: Mapping[str, TensorSpec]) -> bytes:
+def header_bytes(specs: Mapping[str, TensorSpec]) -> bytes:
+    """What a file with these tensors, in this order, begins with."""
     # transformers refuses a file without this metadata
     table: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0

@@ -16,6 +16,17 @@ from megalemur.config.strict_json import parse_json, readable_json
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 
+CARRIED_FILES = (
+    GENERATION_FILE,
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+"""Files beside the weights that go wherever the model goes."""
+
 DERIVED_TENSORS = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 """Tensors that older Llama files carry and transformers does not load either: the rotary frequencies of the config."""
 

@@ -19,6 +19,7 @@ from megalemur.checkpoint.read import CheckpointReader, HuggingFaceReader, Tenso
 from megalemur.config.plain_files import read_plain
 from megalemur.config.run import RunConfig
 from megalemur.model.hf_config import (
+    CARRIED_FILES,
     CONFIG_FILE,
     DERIVED_TENSORS,
     HuggingFaceConfig,
@@ -31,13 +32,6 @@ from megalemur.model.names import hf_shapes
 from megalemur.parallel.state import MASTER, Piece
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_KEPT = (
-    "generation_config.json",
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-)
 
 
 @dataclass(frozen=True)
@@ -143,7 +137,7 @@ def _origin(
     shapes = hf_shapes(config.model)
     check_model_matches(config.model, hf)
     refuse_table(reader, shapes)
-    files = {name: data for name in _KEPT if (data := small.get(name)) is not None}
+    files = {name: data for name in CARRIED_FILES if (data := small.get(name)) is not None}
     return Origin(
         reader,
         resumed=resumed,
@@ -168,7 +162,7 @@ def _tokenizer_files(config: RunConfig) -> dict[str, bytes]:
     if path is None:
         return {}
     if path.is_dir():
-        return {name: read_plain(path / name) for name in _KEPT if (path / name).is_file()}
+        return {name: read_plain(path / name) for name in CARRIED_FILES if (path / name).is_file()}
     if not path.is_file():
         raise ValueError(f"data.tokenizer={path}: no such file")
     return {"tokenizer.json" if path.suffix == ".json" else "tokenizer.model": read_plain(path)}

@@ -1,0 +1,147 @@
+"""One conversion from its beginning to its certificate."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from checkpoints_tools.certificate import NAME, certificate, compare
+from checkpoints_tools.draft import Draft, plan_digest, refuse_full_disk, replace_file
+from checkpoints_tools.errors import ConversionError
+from checkpoints_tools.formats import FORMATS, open_any, written_formats
+from checkpoints_tools.layout import Layout, Options
+from checkpoints_tools.mover import Mover, Progress, digests, finish_files
+from checkpoints_tools.opened import Opened, Weights
+from checkpoints_tools.regions import Key
+from megalemur.checkpoint.read_back import drop_from_memory
+from megalemur.model.names import hf_shapes
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be made of some weights, and where."""
+
+    destination: Path
+    format: str
+    options: Options = field(default_factory=Options)
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """What was changed on the way, for the certificate."""
+    workers: int = 2
+    resume: bool = False
+
+
+@dataclass
+class Outcome:
+    """What a conversion took."""
+
+    bytes: int
+    """Of tensors."""
+    write_seconds: float
+    """Until everything was on the disk."""
+    verify_seconds: float
+    """To read it back and compare."""
+
+
+def _no_progress(stage: str, total: int) -> Progress:
+    return lambda count: None
+
+
+def lay_out(weights: Weights, source: Opened, request: Request) -> Layout:
+    """The destination, before anything is written.
+
+    Raises:
+        ConversionError: that format cannot be written, or not with these options.
+    """
+    format_ = FORMATS.get(request.format)
+    if format_ is None or format_.lay_out is None:
+        raise ConversionError(f"--to {request.format}: write one of {', '.join(written_formats())}")
+    return format_.lay_out(weights, source, request.options)
+
+
+def convert(
+    weights: Weights,
+    source: Opened,
+    request: Request,
+    *,
+    progress: Callable[[str, int], Progress] = _no_progress,
+) -> Outcome:
+    """Write the weights, read them back, certify, and only then give the destination its name.
+
+    Args:
+        weights: what is written: the source's tensors, or those with changes laid over them.
+        source: where they come from.
+        request: what is wanted.
+        progress: called with the name of a stage and its bytes; gets told of bytes that were dealt with.
+
+    Raises:
+        ConversionError: the destination is there, does not fit on the disk, or cannot be made of this.
+        DamagedCheckpoint: the source cannot be read, or is not what it says.
+        CertificateError: what was written is not what was read.
+    """
+    layout = lay_out(weights, source, request)
+    before = fingerprint(source)
+    draft = Draft(request.destination, plan_digest(layout, {"files": before, "changes": dict(request.changes)}))
+    draft.open(resume=request.resume)
+    try:
+        refuse_full_disk(layout, draft)
+        total = sum(bytes_of(weights, key) for unit in layout.units for key in unit)
+        kept = sum(bytes_of(weights, key) for number in draft.done for key in layout.units[number])
+        began = time.monotonic()
+        advance = progress("writing", total)
+        advance(kept)
+        Mover(weights, layout, draft).move(request.workers, advance)
+        finish_files(layout, draft)
+        middle = time.monotonic()
+        if fingerprint(source) != before:
+            raise ConversionError(f"{source.path} was changed while it was read; convert it again")
+        found = digests(draft)
+        _verify(draft, request, weights, found, progress("verifying", total))
+        end = time.monotonic()
+        text = certificate(weights, found, source=_source(source, request), destination=_destination(layout, request))
+        replace_file(draft.tree / NAME, text)
+        draft.commit()
+    finally:
+        draft.close()
+    return Outcome(total, middle - began, end - middle)
+
+
+def _verify(draft: Draft, request: Request, weights: Weights, expected: Mapping[Key, str], advance: Progress) -> None:
+    for path in draft.tree.rglob("*"):
+        if path.is_file():
+            drop_from_memory(path)  # as far as the system complies, the bytes come from the disk
+    written = open_any(draft.tree, name=request.format, model=weights.model)
+    compare(expected, written, request.workers, advance)
+
+
+def _source(source: Opened, request: Request) -> dict[str, Any]:
+    return {
+        "format": source.format,
+        "path": str(source.path.absolute()),
+        "step": source.facts.get("step"),
+        "changes": dict(request.changes),
+        "notes": list(source.notes),
+    }
+
+
+def _destination(layout: Layout, request: Request) -> dict[str, Any]:
+    options = request.options
+    said: dict[str, Any] = {"format": layout.format, "files": len(layout.sizes), "bytes": sum(layout.sizes.values())}
+    if layout.format.startswith("megatron"):
+        said |= {name: getattr(options, name) for name in ("tensor", "pipeline", "chunks", "transformer_engine")}
+    return said
+
+
+def bytes_of(weights: Weights, key: Key) -> int:
+    """Of a tensor, as it is read."""
+    count = 1
+    for extent in hf_shapes(weights.model)[key.name]:
+        count *= extent
+    return count * weights.dtypes[key].itemsize
+
+
+def fingerprint(source: Opened) -> list[list[Any]]:
+    """Size and time of every file that tensors are read from: a source that changes is another source."""
+    files = sorted({region.file for found in source.regions.values() for region in found})
+    stats = [(file, (source.path / file).stat()) for file in files]
+    return [[file, stat.st_size, stat.st_mtime_ns] for file, stat in stats]

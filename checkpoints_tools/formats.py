@@ -1,0 +1,59 @@
+"""The formats by name, and which one a directory is in."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from checkpoints_tools import hf, native
+from checkpoints_tools.errors import ConversionError
+from checkpoints_tools.layout import Layout, Options
+from checkpoints_tools.opened import Opened, Weights
+from megalemur.config.model import ModelConfig
+
+
+@dataclass(frozen=True)
+class Format:
+    """How to read one, and to write it where that can be done."""
+
+    what: str
+    recognises: Callable[[Path], bool]
+    open: Callable[[Path, ModelConfig | None], Opened]
+    """The model is for formats whose files do not say all of it; others take it from themselves."""
+    lay_out: Callable[[Weights, Opened, Options], Layout] | None = None
+
+
+FORMATS: Mapping[str, Format] = {
+    native.NAME: Format(
+        "a checkpoint of megalemur", native.recognises, lambda path, _: native.open_native(path), native.lay_out
+    ),
+    hf.NAME: Format(
+        "a Hugging Face directory with safetensors", hf.recognises, lambda path, _: hf.open_hf(path), hf.lay_out
+    ),
+}
+"""Name to format, in the order in which a directory is tried: one of ours is a Hugging Face directory besides."""
+
+
+def written_formats() -> list[str]:
+    """Names of those that can be written."""
+    return [name for name, format_ in FORMATS.items() if format_.lay_out is not None]
+
+
+def open_any(path: Path, *, name: str | None = None, model: ModelConfig | None = None) -> Opened:
+    """Open a checkpoint in whatever format it is.
+
+    Args:
+        path: its directory.
+        name: of the format; None: it is recognised.
+        model: what the files themselves do not say of the model.
+
+    Raises:
+        ConversionError, DamagedCheckpoint: it is in no known format, or not what that format says.
+    """
+    if not path.is_dir():
+        raise ConversionError(f"{path} is {'no directory' if path.exists() else 'not there'}")
+    if name is None:
+        name = next((name for name, format_ in FORMATS.items() if format_.recognises(path)), None)
+    if name is None:
+        known = "".join(f"\n  - {name}: {format_.what}" for name, format_ in FORMATS.items())
+        raise ConversionError(f"{path} holds no checkpoint in a known format:{known}")
+    return FORMATS[name].open(path, model)
