@@ -47,6 +47,19 @@ _LLAMA: dict[str, tuple[Any, ...]] = {
 # a table of all tensors is made before any file is compared with it
 _MAX_LAYERS, _MAX_HEADS = 10_000, 4096
 
+COMPARED = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "tie_embeddings",
+)
+"""What a model computes; the vocabulary apart, which is often known with its padding only."""
+
 HOW_TO_GIVE_IT = "give the config.json of the model, or of one with the same architecture (--hf-config DIRECTORY)"
 
 

@@ -31,7 +31,7 @@ from checkpoints_tools.foreign import (
 )
 from checkpoints_tools.layout import Frame, Layout, Options, Written
 from checkpoints_tools.megatron_args import arguments_of
-from checkpoints_tools.megatron_dist import BACKEND, COMMON, FORMAT, METADATA, TOKENIZER, TRACKER
+from checkpoints_tools.megatron_dist import BACKEND, COMMON, METADATA, NAME, TOKENIZER, TRACKER
 from checkpoints_tools.megatron_tensors import EMBEDDING, FINAL_NORM, HEAD
 from checkpoints_tools.opened import Opened, Weights
 from checkpoints_tools.regions import WEIGHT, Key, Region, contiguous
@@ -106,7 +106,7 @@ def lay_out(weights: Weights, source: Opened, options: Options) -> Layout:
     Args:
         weights: what is written.
         source: where it comes from: tokenizer and step.
-        options: dtype, transformer_engine, pad_vocab_to and tensor are used.
+        options: transformer_engine, pad_vocab_to and tensor are used.
 
     Raises:
         ConversionError: rotary scaling that Megatron has no setting for, or parts of one parameter in two dtypes.
@@ -114,7 +114,7 @@ def lay_out(weights: Weights, source: Opened, options: Options) -> Layout:
     model = weights.model
     padded = ParallelConfig(tensor=options.tensor, pad_vocab_to=options.pad_vocab_to).padded_vocab(model.vocab_size)
     state = dump_archive(_NO_STATE)
-    archives = list(_archives(_boxes(model, padded), weights, options, len(state)))
+    archives = list(_archives(_boxes(model, padded), weights, len(state)))
     regions: dict[Key, list[Region]] = {}
     units: dict[str, dict[Key, None]] = {}
     for archive in archives:
@@ -123,7 +123,7 @@ def lay_out(weights: Weights, source: Opened, options: Options) -> Layout:
             units.setdefault(archive.file, {})[key] = None
     sizes = {f"{RELEASE}/{archive.file}": archive.at + archive.framed.size for archive in archives}
     return Layout(
-        format=FORMAT,
+        format=NAME,
         regions=regions,
         sizes=sizes,
         units=[list(keys) for keys in units.values()],
@@ -154,15 +154,15 @@ def _boxes(model: ModelConfig, padded: int) -> Iterator[tuple[int, _Box]]:
         yield layers + 1, _Box(HEAD, (padded, h), (0, 0), (padded, h), tuple(segments_of(HEAD, 0, split)))
 
 
-def _archives(boxes: Iterator[tuple[int, _Box]], weights: Weights, options: Options, before: int) -> Iterator[_Archive]:
+def _archives(boxes: Iterator[tuple[int, _Box]], weights: Weights, before: int) -> Iterator[_Archive]:
     """Boxes one behind the other in their files; the first file begins with `before` other bytes."""
     ends = {0: before}
     for number, box in boxes:
         dtypes = {segment.name: weights.dtypes[Key(WEIGHT, segment.name)] for segment in box.segments}
-        if options.dtype is None and len(set(dtypes.values())) > 1:
+        if len(set(dtypes.values())) > 1:
             said = ", ".join(f"{name} is {dtype}" for name, dtype in dtypes.items())
             raise ConversionError(f"{said}; Megatron keeps them in one tensor: ask for one dtype (--dtype)")
-        dtype = options.dtype or next(iter(dtypes.values()))
+        dtype = dtypes[box.segments[0].name]
         at = ends.get(number, 0)
         framed = frame_archive(PlannedTensor(box.key, dtype, box.sizes), at)
         ends[number] = at + framed.size
@@ -228,6 +228,5 @@ def _write_frames(path: Path, frames: Sequence[Frame]) -> None:
             done = 0
             while done < len(frame.data):
                 done += os.pwrite(handle, frame.data[done:], frame.offset + done)
-        os.fsync(handle)
     finally:
         os.close(handle)
