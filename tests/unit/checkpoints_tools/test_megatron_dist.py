@@ -221,7 +221,7 @@ def test_a_file_that_was_cut_short_is_named(copy):
     [
         (with_chunk(1, first=10**12), "__0_2.distcp"),
         (with_chunk(1, length=10**12), "__0_2.distcp"),
-        (with_chunk(1, first=-1), r"\.metadata.*-1"),
+        (with_chunk(1, first=-1), r"\.metadata: .*__0_2\.distcp"),
         (with_chunk(1, file="../__0_2.distcp"), "no file of this directory"),
         (with_chunk(1, file="/etc/passwd"), "no file of this directory"),
         (with_chunk(1, offsets=(0, 0, 0)), r"layers.0.mlp.down_proj.*overlap"),
