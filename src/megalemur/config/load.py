@@ -101,6 +101,15 @@ def _parse(text: str, origin: str) -> Any:
         raise ConfigError(origin, [" ".join(str(error).split())]) from None
 
 
+def parse_settings(text: str, origin: str) -> Any:
+    """Plain YAML that another program wrote, read as strictly as a run file.
+
+    Raises:
+        ConfigError: no YAML, or YAML with tags, aliases or duplicate keys.
+    """
+    return _parse(text, origin)
+
+
 def _apply_override(values: dict[str, Any], override: str) -> str | None:
     """Write one `section.key=value` into `values`; returns the problem, if there is one."""
     path, equals, text = override.partition("=")
