@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoints_tools import hf, native
+from checkpoints_tools import hf, megatron_legacy, megatron_legacy_write, native
 from checkpoints_tools.errors import ConversionError
 from checkpoints_tools.layout import Layout, Options
 from checkpoints_tools.opened import Opened, Weights
@@ -28,6 +28,12 @@ FORMATS: Mapping[str, Format] = {
     ),
     hf.NAME: Format(
         "a Hugging Face directory with safetensors", hf.recognises, lambda path, _: hf.open_hf(path), hf.lay_out
+    ),
+    megatron_legacy.FORMAT: Format(
+        "a checkpoint of Megatron-LM with a file for each rank (--ckpt-format torch)",
+        megatron_legacy.recognises,
+        megatron_legacy.open_megatron_legacy,
+        megatron_legacy_write.lay_out,
     ),
 }
 """Name to format, in the order in which a directory is tried: one of ours is a Hugging Face directory besides."""
