@@ -29,7 +29,7 @@ FORMATS: Mapping[str, Format] = {
     hf.NAME: Format(
         "a Hugging Face directory with safetensors", hf.recognises, lambda path, _: hf.open_hf(path), hf.lay_out
     ),
-    megatron_legacy.FORMAT: Format(
+    megatron_legacy.NAME: Format(
         "a checkpoint of Megatron-LM with a file for each rank (--ckpt-format torch)",
         megatron_legacy.recognises,
         megatron_legacy.open_megatron_legacy,

@@ -81,21 +81,6 @@ def model_of_settings(settings: Mapping[str, Any], where: Path) -> ModelConfig:
     return model
 
 
-def model_with_vocabulary(settings: Mapping[str, Any], rows: int, where: Path) -> tuple[ModelConfig, list[str]]:
-    """The architecture, and what is not certain about it.
-
-    Args:
-        settings: as `model_of_settings` has them.
-        rows: of the embedding, padding included: the vocabulary where its true size is not recorded.
-        where: the file, for messages.
-    """
-    model = model_of_settings({"padded_vocab_size": rows, **settings}, where)
-    if settings.get("vocab_size") is None or model.vocab_size > rows:
-        note = f"the true size of the vocabulary is not recorded: all {rows} rows are kept, padding among them"
-        return model.model_copy(update={"vocab_size": rows}), [note]
-    return model, []
-
-
 def arguments_of(model: ModelConfig, padded_vocab: int) -> dict[str, Any]:
     """Megatron-LM's arguments for a model: those that `--use-checkpoint-args` takes, and that a load compares.
 

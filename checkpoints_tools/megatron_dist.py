@@ -21,7 +21,7 @@ from checkpoints_tools.foreign import (
     read_archive,
     read_dcp_metadata,
 )
-from checkpoints_tools.megatron_args import HOW_TO_GIVE_IT, model_with_vocabulary
+from checkpoints_tools.megatron_args import HOW_TO_GIVE_IT, model_of_settings
 from checkpoints_tools.megatron_tensors import (
     EMBEDDING,
     HEAD,
@@ -93,7 +93,7 @@ def open_megatron(path: Path, model: ModelConfig | None = None) -> Opened:
         path=directory,
         model=said,
         regions=regions,
-        small_files=tokenizer_files(directory),
+        small_files=_tokenizer(directory),
         facts=_facts(common, metadata),
         notes=(*notes, *table.notes, *metadata.notes),
     )
@@ -143,7 +143,11 @@ def _model(directory: Path, common: Mapping[str, Any], rows: int) -> tuple[Model
             f"{directory}: neither {COMMON} nor {BRIDGE_CONFIG} nor NeMo's context says what the model is. Heads, "
             f"groups, rotary base and the epsilon of the norms cannot be told from shapes: {HOW_TO_GIVE_IT}"
         )
-    return model_with_vocabulary(settings, rows, where)
+    model = model_of_settings({"padded_vocab_size": rows, **settings}, where)
+    if settings.get("vocab_size") is None or model.vocab_size > rows:
+        note = f"the true size of the vocabulary is not recorded: all {rows} rows are kept, padding among them"
+        return model.model_copy(update={"vocab_size": rows}), [note]
+    return model, []
 
 
 def _settings(directory: Path, common: Mapping[str, Any]) -> tuple[Path, Mapping[str, Any]]:
@@ -182,7 +186,7 @@ def _facts(common: Mapping[str, Any], metadata: DcpMetadata) -> dict[str, Any]:
     return {name: value for name, value in told.items() if isinstance(value, (int, float)) and value is not True}
 
 
-def tokenizer_files(directory: Path) -> dict[str, bytes]:
+def _tokenizer(directory: Path) -> dict[str, bytes]:
     """Files that Megatron-LM keeps beside the weights, by the names that Hugging Face gives them."""
     folder = directory / TOKENIZER
     if not folder.is_dir():

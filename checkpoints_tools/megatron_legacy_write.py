@@ -20,7 +20,7 @@ from checkpoints_tools.foreign import Framed, Namespace, PlannedTensor, combined
 from checkpoints_tools.layout import Frame, Layout, Options, Stretch, Written
 from checkpoints_tools.megatron_args import arguments_of
 from checkpoints_tools.megatron_dist import TOKENIZER, TRACKER
-from checkpoints_tools.megatron_legacy import FORMAT
+from checkpoints_tools.megatron_legacy import NAME
 from checkpoints_tools.megatron_ranks import RELEASE, Place, rank_file
 from checkpoints_tools.megatron_shards import extra_states, local_shape, parameters
 from checkpoints_tools.megatron_tensors import HEAD
@@ -28,6 +28,7 @@ from checkpoints_tools.opened import Opened, Weights
 from checkpoints_tools.regions import WEIGHT, Key, Region, contiguous
 from megalemur.config.model import ModelConfig
 from megalemur.config.parallel import ParallelConfig
+from megalemur.model.hf_config import CARRIED_FILES
 from megalemur.model.names import Split, hf_shapes, segments_of
 from megalemur.parallel.boxes import Segment
 
@@ -55,9 +56,9 @@ def lay_out(weights: Weights, source: Opened, options: Options) -> Layout:
     for rank in ranks:
         for key, region in rank.regions():
             regions.setdefault(key, []).append(region)
-    small = {f"{RELEASE}/{TOKENIZER}/{name}": data for name, data in source.small_files.items()}
+    small = {f"{RELEASE}/{TOKENIZER}/{name}": d for name, d in source.small_files.items() if name in CARRIED_FILES}
     return Layout(
-        format=FORMAT,
+        format=NAME,
         regions=regions,
         sizes={rank.file: rank.framed.size for rank in ranks},
         units=_units(weights.model),

@@ -8,6 +8,7 @@ One file for the embedding, one a layer, one for the final norm and the head; in
 job without tensor parallelism would save it: fc1 as two boxes, gate above up. Layers are stacked along a first axis.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,6 @@ from typing import NamedTuple
 
 import torch
 
-from checkpoints_tools.draft import write_frames
 from checkpoints_tools.errors import ConversionError
 from checkpoints_tools.foreign import (
     DcpChunk,
@@ -218,4 +218,16 @@ class _Finish:
             crc = combined_crc(stretches, archive.first, archive.bytes)
             by_file.setdefault(archive.file, []).extend(archive.framed.frames({archive.box.key: crc}))
         for file, frames in by_file.items():
-            write_frames(directory / RELEASE / file, frames)
+            _write_frames(directory / RELEASE / file, frames)
+
+
+def _write_frames(path: Path, frames: Sequence[Frame]) -> None:
+    handle = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        for frame in frames:
+            done = 0
+            while done < len(frame.data):
+                done += os.pwrite(handle, frame.data[done:], frame.offset + done)
+        os.fsync(handle)
+    finally:
+        os.close(handle)
