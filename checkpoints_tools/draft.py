@@ -153,14 +153,13 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def write_frames(path: Path, frames: Sequence[Frame]) -> None:
-    """Write what is no tensor's into a file whose tensors are there, and bring it to the disk."""
+    """Write what is no tensor's into a file whose tensors are there."""
     handle = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         for frame in frames:
             done = 0
             while done < len(frame.data):
                 done += os.pwrite(handle, frame.data[done:], frame.offset + done)
-        os.fsync(handle)
     finally:
         os.close(handle)
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoints_tools import hf, megatron_legacy, megatron_legacy_write, native
+from checkpoints_tools import hf, megatron_dist, megatron_legacy, megatron_legacy_write, megatron_write, native
 from checkpoints_tools.errors import ConversionError
 from checkpoints_tools.layout import Layout, Options
 from checkpoints_tools.opened import Opened, Weights
@@ -28,6 +28,12 @@ FORMATS: Mapping[str, Format] = {
     ),
     hf.NAME: Format(
         "a Hugging Face directory with safetensors", hf.recognises, lambda path, _: hf.open_hf(path), hf.lay_out
+    ),
+    megatron_dist.NAME: Format(
+        "a torch_dist checkpoint of Megatron-LM, Megatron-Bridge or NeMo",
+        megatron_dist.recognises,
+        megatron_dist.open_megatron,
+        megatron_write.lay_out,
     ),
     megatron_legacy.NAME: Format(
         "a checkpoint of Megatron-LM with a file for each rank (--ckpt-format torch)",

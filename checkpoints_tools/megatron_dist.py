@@ -6,7 +6,7 @@ it with `latest_checkpointed_iteration.txt`, and NeMo's with `weights/` and `con
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from checkpoints_tools.foreign import (
     read_archive,
     read_dcp_metadata,
 )
-from checkpoints_tools.megatron_args import HOW_TO_GIVE_IT, model_of_settings
+from checkpoints_tools.megatron_args import HOW_TO_GIVE_IT, model_and_notes
 from checkpoints_tools.megatron_tensors import (
     EMBEDDING,
     HEAD,
@@ -36,21 +36,22 @@ from checkpoints_tools.megatron_tensors import (
 from checkpoints_tools.opened import Opened
 from checkpoints_tools.regions import WEIGHT, Key, Region, Regions
 from megalemur.checkpoint.errors import DamagedCheckpoint, UnreadableCheckpoint
-from megalemur.checkpoint.manifest import box_text, is_plain_path
+from megalemur.checkpoint.manifest import box_text
+from megalemur.checkpoint.opening import SmallFiles
 from megalemur.config.load import parse_settings
 from megalemur.config.model import ModelConfig
 from megalemur.config.plain_files import read_plain
 from megalemur.config.strict_json import parse_json
+from megalemur.model.hf_config import CARRIED_FILES
 from megalemur.parallel.boxes import Box
 
-FORMAT = "megatron"
+NAME = "megatron"
 METADATA, COMMON, BACKEND = ".metadata", "common.pt", "metadata.json"
 TRACKER, TOKENIZER = "latest_checkpointed_iteration.txt", "tokenizer"
 BRIDGE_CONFIG, NEMO_WEIGHTS, NEMO_CONFIG = "run_config.yaml", "weights", "context/model.yaml"
 
 _SMALL = 1 << 20
 _MAX_YAML = 16 << 20
-_MAX_TOKENIZER_FILES = 64
 _OPTIMIZER = re.compile(r"(?:chained_\d+\.)?optimizer\..*")
 # what a model computes again: older checkpoints hold it
 _DERIVED = re.compile(r".*rotary_pos_emb\.inv_freq")
@@ -86,14 +87,14 @@ def open_megatron(path: Path, model: ModelConfig | None = None) -> Opened:
     common = _common(directory)
     table = _Table(directory, metadata)
     rows = table.vocabulary()
-    said, notes = _model(directory, common, rows) if model is None else (model, [])
+    said, notes = _model(directory, common, rows, model)
     regions = table.regions(said, rows)
     return Opened(
-        format=FORMAT,
+        format=NAME,
         path=directory,
         model=said,
         regions=regions,
-        small_files=_tokenizer(directory),
+        small_files=tokenizer_files(directory),
         facts=_facts(common, metadata),
         notes=(*notes, *table.notes, *metadata.notes),
     )
@@ -135,19 +136,17 @@ def _common(directory: Path) -> Mapping[str, Any]:
     return tree
 
 
-def _model(directory: Path, common: Mapping[str, Any], rows: int) -> tuple[ModelConfig, list[str]]:
+def _model(
+    directory: Path, common: Mapping[str, Any], rows: int, given: ModelConfig | None
+) -> tuple[ModelConfig, list[str]]:
     """What the checkpoint says about its model, and what is not certain."""
     where, settings = _settings(directory, common)
-    if not settings:
+    if not settings and given is None:
         raise ConversionError(
             f"{directory}: neither {COMMON} nor {BRIDGE_CONFIG} nor NeMo's context says what the model is. Heads, "
             f"groups, rotary base and the epsilon of the norms cannot be told from shapes: {HOW_TO_GIVE_IT}"
         )
-    model = model_of_settings({"padded_vocab_size": rows, **settings}, where)
-    if settings.get("vocab_size") is None or model.vocab_size > rows:
-        note = f"the true size of the vocabulary is not recorded: all {rows} rows are kept, padding among them"
-        return model.model_copy(update={"vocab_size": rows}), [note]
-    return model, []
+    return model_and_notes(settings, where, rows, given)
 
 
 def _settings(directory: Path, common: Mapping[str, Any]) -> tuple[Path, Mapping[str, Any]]:
@@ -186,16 +185,10 @@ def _facts(common: Mapping[str, Any], metadata: DcpMetadata) -> dict[str, Any]:
     return {name: value for name, value in told.items() if isinstance(value, (int, float)) and value is not True}
 
 
-def _tokenizer(directory: Path) -> dict[str, bytes]:
+def tokenizer_files(directory: Path) -> dict[str, bytes]:
     """Files that Megatron-LM keeps beside the weights, by the names that Hugging Face gives them."""
-    folder = directory / TOKENIZER
-    if not folder.is_dir():
-        return {}
-    files = sorted(file for file in folder.iterdir() if file.is_file())[:_MAX_TOKENIZER_FILES]
-    try:
-        return {file.name: read_plain(file) for file in files}
-    except OSError as error:
-        raise UnreadableCheckpoint(folder, f"cannot be read: {error}") from error
+    files = SmallFiles(directory / TOKENIZER)
+    return {name: data for name in CARRIED_FILES if (data := files.get(name)) is not None}
 
 
 @dataclass
@@ -205,8 +198,6 @@ class _Table:
     directory: Path
     metadata: DcpMetadata
     notes: list[str] = field(default_factory=list)
-    sizes: dict[str, int] = field(default_factory=dict)
-    """File to bytes, of those that were looked at."""
 
     def vocabulary(self) -> int:
         """Rows of the embedding, padding included."""
@@ -260,31 +251,16 @@ class _Table:
                 raise DamagedCheckpoint(self.directory / METADATA, f"{what} lies outside {list(tensor.size)}")
             yield self._stored(what, box, tensor, chunk)
 
-    def _bytes(self, file: Path) -> int:
-        if file.name not in self.sizes:
-            try:
-                self.sizes[file.name] = file.stat().st_size
-            except OSError as error:
-                raise UnreadableCheckpoint(file, f"cannot be read: {error.strerror}") from error
-        return self.sizes[file.name]
-
     def _stored(self, what: str, box: Box, tensor: DcpTensor, chunk: DcpChunk) -> Stored:
         """Where the elements lie: behind the header of the chunk's own archive."""
-        if not is_plain_path(chunk.file) or "/" in chunk.file:
-            raise DamagedCheckpoint(self.directory / METADATA, f"{what} is in {chunk.file!r}, which is no file's name")
         file = self.directory / chunk.file
-        if not 0 <= chunk.first < chunk.first + chunk.length <= self._bytes(file):
-            span = f"[{chunk.first}, {chunk.first + chunk.length})"
-            raise DamagedCheckpoint(
-                file, f"{what}: {METADATA} has it in bytes {span}, the file has {self._bytes(file)}"
-            )
         leaf = read_archive(file, chunk.first, chunk.length).tree
         if not isinstance(leaf, StoredTensor):
             raise DamagedCheckpoint(file, f"{what}: the archive at byte {chunk.first} holds no tensor")
         if tuple(leaf.shape) != box.shape or leaf.dtype != tensor.dtype:
             said = f"{leaf.dtype} {list(leaf.shape)}"
             raise DamagedCheckpoint(file, f"{what}: {said}, where {METADATA} says {tensor.dtype} {list(box.shape)}")
-        if not _same_order(leaf.shape, leaf.strides):
+        if not leaf.is_contiguous:
             raise ConversionError(f"{file}: {what} is stored with strides {list(leaf.strides)}, not row by row")
         return Stored(box, chunk.file, leaf.offset, contiguous_strides(box.shape), leaf.dtype)
 
@@ -292,12 +268,6 @@ class _Table:
 def _is_other_state(key: str) -> bool:
     """Whether this is the optimizer's and no tensor by parameter: buckets, and states of other optimizers."""
     return _OPTIMIZER.fullmatch(key) is not None and read_key(key).kind == WEIGHT
-
-
-def _same_order(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether the strides differ from row-major ones only where an axis has one element."""
-    wanted = contiguous_strides(shape)
-    return all(extent == 1 or a == b for extent, a, b in zip(shape, strides, wanted, strict=True))
 
 
 def _stray(stored: Stored) -> Region:

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 from checkpoints_tools.errors import ConversionError
 from checkpoints_tools.foreign import StoredTensor
-from checkpoints_tools.megatron_args import HOW_TO_GIVE_IT, model_of_settings
-from checkpoints_tools.megatron_dist import TOKENIZER, TRACKER
+from checkpoints_tools.megatron_args import HOW_TO_GIVE_IT, model_and_notes
+from checkpoints_tools.megatron_dist import TRACKER, tokenizer_files
 from checkpoints_tools.megatron_ranks import RANK_FILE, Place, RankFile, iteration_directory, read_ranks
 from checkpoints_tools.megatron_shards import local_shape
 from checkpoints_tools.megatron_tensors import EMBEDDING, HEAD
@@ -25,10 +25,8 @@ from checkpoints_tools.opened import Opened
 from checkpoints_tools.regions import WEIGHT, Key, Region, Regions, contiguous
 from megalemur.checkpoint.digests import read_at
 from megalemur.checkpoint.errors import UnreadableCheckpoint
-from megalemur.checkpoint.opening import SmallFiles
 from megalemur.config.model import ModelConfig
 from megalemur.config.plain_files import open_plain
-from megalemur.model.hf_config import CARRIED_FILES
 from megalemur.model.names import Split, segments_of
 
 NAME = "megatron-legacy"
@@ -64,21 +62,16 @@ def open_megatron_legacy(path: Path, model: ModelConfig | None = None) -> Opened
         raise ConversionError(f"{path}: holds no mp_rank_00/{RANK_FILE} and no mp_rank_00_000/{RANK_FILE}")
     grid = _Grid(directory, read_ranks(directory))
     grid.refuse_unfit()
-    said, notes = grid.model() if model is None else (model, [])
+    said, notes = grid.model(model)
     return Opened(
         format=NAME,
         path=directory,
         model=said,
         regions=grid.regions(said),
-        small_files=_tokenizer(directory),
+        small_files=tokenizer_files(directory),
         facts=grid.facts(),
         notes=(*notes, *grid.notes(said)),
     )
-
-
-def _tokenizer(directory: Path) -> dict[str, bytes]:
-    files = SmallFiles(directory / TOKENIZER)
-    return {name: data for name in CARRIED_FILES if (data := files.get(name)) is not None}
 
 
 class _Parameter(NamedTuple):
@@ -177,19 +170,15 @@ class _Grid:
                 "comes first"
             )
 
-    def model(self) -> tuple[ModelConfig, list[str]]:
+    def model(self, given: ModelConfig | None) -> tuple[ModelConfig, list[str]]:
         """What the settings say about the model, and what is not certain."""
-        if "num_layers" not in self._first.settings:
+        settings = self._first.settings
+        if not settings and given is None:
             raise ConversionError(
                 f"{self._first.path}: has no args. Heads, groups, rotary base and the epsilon of the norms cannot be "
                 f"told from shapes: {HOW_TO_GIVE_IT}"
             )
-        settings, rows = self._first.settings, self._rows
-        model = model_of_settings({"padded_vocab_size": rows, **settings}, self._first.path)
-        if settings.get("vocab_size") is None or model.vocab_size > rows:
-            note = f"the true size of the vocabulary is not recorded: all {rows} rows are kept, padding among them"
-            return model.model_copy(update={"vocab_size": rows}), [note]
-        return model, []
+        return model_and_notes(settings, self._first.path, self._rows, given)
 
     def regions(self, model: ModelConfig) -> Regions:
         """Every weight, once: of what several ranks hold, the first rank's."""

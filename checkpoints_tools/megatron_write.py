@@ -8,7 +8,6 @@ One file for the embedding, one a layer, one for the final norm and the head; in
 job without tensor parallelism would save it: fc1 as two boxes, gate above up. Layers are stacked along a first axis.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from checkpoints_tools.draft import write_frames
 from checkpoints_tools.errors import ConversionError
 from checkpoints_tools.foreign import (
     DcpChunk,
@@ -31,13 +31,14 @@ from checkpoints_tools.foreign import (
 )
 from checkpoints_tools.layout import Frame, Layout, Options, Written
 from checkpoints_tools.megatron_args import arguments_of
-from checkpoints_tools.megatron_dist import BACKEND, COMMON, FORMAT, METADATA, TOKENIZER, TRACKER
+from checkpoints_tools.megatron_dist import BACKEND, COMMON, METADATA, NAME, TOKENIZER, TRACKER
 from checkpoints_tools.megatron_tensors import EMBEDDING, FINAL_NORM, HEAD
 from checkpoints_tools.opened import Opened, Weights
 from checkpoints_tools.regions import WEIGHT, Key, Region, contiguous
 from megalemur.config.model import ModelConfig
 from megalemur.config.parallel import ParallelConfig
 from megalemur.config.strict_json import readable_json
+from megalemur.model.hf_config import CARRIED_FILES
 from megalemur.model.names import Split, segments_of
 from megalemur.parallel.boxes import Segment
 
@@ -106,7 +107,7 @@ def lay_out(weights: Weights, source: Opened, options: Options) -> Layout:
     Args:
         weights: what is written.
         source: where it comes from: tokenizer and step.
-        options: dtype, transformer_engine, pad_vocab_to and tensor are used.
+        options: transformer_engine, pad_vocab_to and tensor are used.
 
     Raises:
         ConversionError: rotary scaling that Megatron has no setting for, or parts of one parameter in two dtypes.
@@ -114,7 +115,7 @@ def lay_out(weights: Weights, source: Opened, options: Options) -> Layout:
     model = weights.model
     padded = ParallelConfig(tensor=options.tensor, pad_vocab_to=options.pad_vocab_to).padded_vocab(model.vocab_size)
     state = dump_archive(_NO_STATE)
-    archives = list(_archives(_boxes(model, padded), weights, options, len(state)))
+    archives = list(_archives(_boxes(model, padded), weights, len(state)))
     regions: dict[Key, list[Region]] = {}
     units: dict[str, dict[Key, None]] = {}
     for archive in archives:
@@ -123,7 +124,7 @@ def lay_out(weights: Weights, source: Opened, options: Options) -> Layout:
             units.setdefault(archive.file, {})[key] = None
     sizes = {f"{RELEASE}/{archive.file}": archive.at + archive.framed.size for archive in archives}
     return Layout(
-        format=FORMAT,
+        format=NAME,
         regions=regions,
         sizes=sizes,
         units=[list(keys) for keys in units.values()],
@@ -154,15 +155,15 @@ def _boxes(model: ModelConfig, padded: int) -> Iterator[tuple[int, _Box]]:
         yield layers + 1, _Box(HEAD, (padded, h), (0, 0), (padded, h), tuple(segments_of(HEAD, 0, split)))
 
 
-def _archives(boxes: Iterator[tuple[int, _Box]], weights: Weights, options: Options, before: int) -> Iterator[_Archive]:
+def _archives(boxes: Iterator[tuple[int, _Box]], weights: Weights, before: int) -> Iterator[_Archive]:
     """Boxes one behind the other in their files; the first file begins with `before` other bytes."""
     ends = {0: before}
     for number, box in boxes:
         dtypes = {segment.name: weights.dtypes[Key(WEIGHT, segment.name)] for segment in box.segments}
-        if options.dtype is None and len(set(dtypes.values())) > 1:
+        if len(set(dtypes.values())) > 1:
             said = ", ".join(f"{name} is {dtype}" for name, dtype in dtypes.items())
             raise ConversionError(f"{said}; Megatron keeps them in one tensor: ask for one dtype (--dtype)")
-        dtype = options.dtype or next(iter(dtypes.values()))
+        dtype = dtypes[box.segments[0].name]
         at = ends.get(number, 0)
         framed = frame_archive(PlannedTensor(box.key, dtype, box.sizes), at)
         ends[number] = at + framed.size
@@ -201,7 +202,7 @@ def _small_files(model: ModelConfig, padded: int, source: Opened, metadata: byte
         "common_backend_version": 1,
     }
     files = {METADATA: metadata, COMMON: dump_archive(common), BACKEND: readable_json(backend)}
-    files |= {f"{TOKENIZER}/{name}": data for name, data in source.small_files.items()}
+    files |= {f"{TOKENIZER}/{name}": data for name, data in source.small_files.items() if name in CARRIED_FILES}
     return {**{f"{RELEASE}/{name}": data for name, data in files.items()}, TRACKER: RELEASE.encode()}
 
 
@@ -218,16 +219,4 @@ class _Finish:
             crc = combined_crc(stretches, archive.first, archive.bytes)
             by_file.setdefault(archive.file, []).extend(archive.framed.frames({archive.box.key: crc}))
         for file, frames in by_file.items():
-            _write_frames(directory / RELEASE / file, frames)
-
-
-def _write_frames(path: Path, frames: Sequence[Frame]) -> None:
-    handle = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        for frame in frames:
-            done = 0
-            while done < len(frame.data):
-                done += os.pwrite(handle, frame.data[done:], frame.offset + done)
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+            write_frames(directory / RELEASE / file, frames)

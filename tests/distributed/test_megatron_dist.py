@@ -1,21 +1,24 @@
 """torch_dist checkpoints and megatron-core itself: what it saves is read, what is written it loads."""
 
-import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from checkpoints_tools.errors import ConversionError
+from checkpoints_tools import conversion, megatron_write
+from checkpoints_tools.conversion import Request, convert
+from checkpoints_tools.errors import CertificateError, ConversionError
+from checkpoints_tools.formats import FORMATS, open_any
 from checkpoints_tools.layout import Options
 from checkpoints_tools.megatron_args import arguments_of
 from checkpoints_tools.megatron_dist import open_megatron, recognises
-from checkpoints_tools.megatron_write import lay_out
+from checkpoints_tools.regions import Key
 from megalemur.model.names import hf_shapes
-from tests.support.layouts import open_llama, read_all, write_layout
 from tests.support.megatron import load_by_megatron, save_by_megatron
 from tests.support.ranks import run_ranks
 from tests.support.tiny import tiny_run, write_llama
+from tests.support.weights import read_all, same_tensors
 
 P = "parallel."
 LAYOUTS = {
@@ -62,17 +65,14 @@ def transformers_logits(directory):
 
 
 def written_by_us(hf, destination, **options):
-    opened = open_llama(hf)
-    return write_layout(lay_out(opened, opened, Options(**options)), opened, destination)
+    source = open_any(hf)
+    convert(source, source, Request(destination, "megatron", Options(**options)))
+    return destination / "release"
 
 
 def args_of(config):
     """Megatron-LM's arguments for a run of ours."""
     return arguments_of(config.model, config.parallel.padded_vocab(config.model.vocab_size))
-
-
-def same(found, wanted):
-    return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_megatron_loads_what_is_written_strictly(tmp_path, layout, shape):
     destination = written_by_us(hf, tmp_path / "megatron", pad_vocab_to=16)
     config = tiny_run(tmp_path, *LAYOUTS[layout], start_from=hf, **changes)
     ranks = run_ranks(
-        config.parallel.world_size, load_by_megatron, destination / "release", config, hf / "model.safetensors", TOKENS
+        config.parallel.world_size, load_by_megatron, destination, config, hf / "model.safetensors", TOKENS
     )
     weights = load_file(hf / "model.safetensors")
     for (
@@ -101,21 +101,41 @@ def test_megatron_loads_what_is_written_strictly(tmp_path, layout, shape):
 
 
 @pytest.mark.parametrize("name", ["gate_proj", "k_proj"])
-def test_two_swapped_parts_of_a_fused_tensor_are_caught(tmp_path, name):
+def test_two_swapped_parts_of_a_fused_tensor_are_caught(tmp_path, monkeypatch, name):
     other = {"gate_proj": "up_proj", "k_proj": "v_proj"}[name]
+
+    def swapped(*args):
+        layout = megatron_write.lay_out(*args)
+        regions = dict(layout.regions)
+        for key in layout.regions:
+            if name in key.name:
+                twin = key._replace(name=key.name.replace(name, other))
+                regions[key], regions[twin] = regions[twin], regions[key]
+        return replace(layout, regions=regions)
+
     hf = write_llama(tmp_path / "hf", **LAYERS)
-    opened = open_llama(hf)
-    layout = lay_out(opened, opened, Options(pad_vocab_to=16))
-    regions = dict(layout.regions)
-    for key in layout.regions:
-        if name in key.name:
-            twin = key._replace(name=key.name.replace(name, other))
-            regions[key], regions[twin] = regions[twin], regions[key]
-    destination = write_layout(dataclasses.replace(layout, regions=regions), opened, tmp_path / "megatron")
+    source = open_any(hf)
+    monkeypatch.setitem(FORMATS, "megatron", replace(FORMATS["megatron"], lay_out=swapped))
+    monkeypatch.setattr(conversion, "_verify", lambda *_: None)
+    convert(source, source, Request(tmp_path / "megatron", "megatron", Options(pad_vocab_to=16)))
     config = tiny_run(tmp_path, start_from=hf, **LAYERS)
     with pytest.raises(AssertionError, match=f"{name}|{other}"):
-        run_ranks(1, load_by_megatron, destination / "release", config, hf / "model.safetensors", TOKENS)
-    assert not same(read_all(open_megatron(destination)), load_file(hf / "model.safetensors"))
+        run_ranks(1, load_by_megatron, tmp_path / "megatron" / "release", config, hf / "model.safetensors", TOKENS)
+    assert not same_tensors(read_all(open_megatron(tmp_path / "megatron")), load_file(hf / "model.safetensors"))
+
+
+def test_two_swapped_parts_are_caught_by_the_conversion_itself(tmp_path, monkeypatch):
+    def swapped(*args):
+        layout = megatron_write.lay_out(*args)
+        one, other = (Key("weight", f"model.layers.2.mlp.{part}_proj.weight") for part in ("gate", "up"))
+        regions = {**layout.regions, one: layout.regions[other], other: layout.regions[one]}
+        return replace(layout, regions=regions)
+
+    source = open_any(write_llama(tmp_path / "hf", **LAYERS))
+    monkeypatch.setitem(FORMATS, "megatron", replace(FORMATS["megatron"], lay_out=swapped))
+    with pytest.raises(CertificateError, match=r"layers\.2\.mlp"):
+        convert(source, source, Request(tmp_path / "megatron", "megatron"))
+    assert not (tmp_path / "megatron").exists()
 
 
 @pytest.mark.parametrize(
@@ -134,7 +154,7 @@ def test_what_megatron_saves_is_read_bit_for_bit(tmp_path, layout, shape):
         opened = open_megatron(path)
         assert opened.model == config.model
         assert opened.facts["step"] == 10
-        assert same(read_all(opened), load_file(hf / "model.safetensors"))
+        assert same_tensors(read_all(opened), load_file(hf / "model.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -154,7 +174,9 @@ def test_other_ways_to_save_are_read_bit_for_bit(tmp_path, overrides, metadata):
     opened = open_megatron(tmp_path / "saved")
     found = read_all(opened)
     assert {weight.dtype for weight in found.values()} == {torch.bfloat16 if "bf16" in overrides[-1] else torch.float32}
-    assert same({name: weight.bfloat16() for name, weight in found.items()}, load_file(hf / "model.safetensors"))
+    assert same_tensors(
+        {name: weight.bfloat16() for name, weight in found.items()}, load_file(hf / "model.safetensors")
+    )
 
 
 def test_nemo_names_and_folders_are_read(tmp_path):
@@ -163,7 +185,7 @@ def test_nemo_names_and_folders_are_read(tmp_path):
     run_ranks(2, save_by_megatron, tmp_path / "nemo" / "weights", config, None, {}, 0, "module.")
     with pytest.raises(ConversionError, match="--hf-config"):
         open_megatron(tmp_path / "nemo")
-    assert same(read_all(open_megatron(tmp_path / "nemo", config.model)), load_file(hf / "model.safetensors"))
+    assert same_tensors(read_all(open_megatron(tmp_path / "nemo", config.model)), load_file(hf / "model.safetensors"))
     (tmp_path / "nemo" / "context").mkdir()
     (tmp_path / "nemo" / "context" / "model.yaml").write_text(NEMO_MODEL)
     opened = open_megatron(tmp_path / "nemo")
@@ -181,7 +203,7 @@ def test_bf16_and_interleaved_chunks_load_what_is_written(tmp_path, layout):
     overrides = [*LAYOUTS[layout], "precision.dtype=bf16", *(["parallel.chunks=2"] if "pp2" in layout else [])]
     config = tiny_run(tmp_path, *overrides, start_from=hf, **LAYERS)
     ranks = run_ranks(
-        config.parallel.world_size, load_by_megatron, destination / "release", config, hf / "model.safetensors", TOKENS
+        config.parallel.world_size, load_by_megatron, destination, config, hf / "model.safetensors", TOKENS
     )
     elements = sum(weight.numel() for weight in load_file(hf / "model.safetensors").values())
     assert sum(sum(rank.compared.values()) for rank in ranks) >= elements
@@ -191,8 +213,8 @@ def test_the_state_that_transformer_engine_asks_for_is_there_on_demand(tmp_path)
     hf = write_llama(tmp_path / "hf", **LAYERS)
     config = tiny_run(tmp_path, start_from=hf, **LAYERS)
     asked = ("decoder.final_layernorm._extra_state",)
-    without = written_by_us(hf, tmp_path / "local", pad_vocab_to=16) / "release"
-    with_it = written_by_us(hf, tmp_path / "te", pad_vocab_to=16, transformer_engine=True) / "release"
+    without = written_by_us(hf, tmp_path / "local", pad_vocab_to=16)
+    with_it = written_by_us(hf, tmp_path / "te", pad_vocab_to=16, transformer_engine=True)
     weights = hf / "model.safetensors"
     assert run_ranks(1, load_by_megatron, with_it, config, weights, TOKENS, asked)
     with pytest.raises(AssertionError, match=r"final_layernorm._extra_state"):
@@ -227,7 +249,7 @@ def test_optimizer_state_is_read_bit_for_bit(tmp_path, layout, metadata):
     opened, state = saved_state(tmp_path, config, **metadata)
     assert {key.kind for key in opened.dtypes} == {"weight", "master", "exp_avg", "exp_avg_sq"}
     for kind, tensors in state.items():
-        assert same(read_all(opened, kind), tensors)
+        assert same_tensors(read_all(opened, kind), tensors)
     weights = read_all(opened)
     assert all(torch.equal(weights[name], master.bfloat16()) for name, master in state["master"].items())
 
@@ -238,4 +260,4 @@ def test_optimizer_state_in_buckets_is_said_not_to_be_read(tmp_path):
     opened, state = saved_state(tmp_path, config, distrib_optim_sharding_type="dp_reshardable")
     assert {key.kind for key in opened.dtypes} == {"weight"}
     assert "--dist-ckpt-optim-fully-reshardable" in "".join(opened.notes)
-    assert same(read_all(opened), state["master"])
+    assert same_tensors(read_all(opened), state["master"])

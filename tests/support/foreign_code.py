@@ -59,6 +59,7 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     "tests/unit/config/test_resume.py": {"yaml.safe_load": "reads values that are written in that test"},
     "tests/support/ranks.py": {"pickle": _OWN_PROCESSES, "multiprocessing": _OWN_PROCESSES},
     "tests/unit/test_ranks.py": {"multiprocessing": _OWN_PROCESSES},
+    "tests/support/megatron.py": {"multiprocessing": "tells megatron-core's writer that this rank may have children"},
     "tests/support/malice.py": {word: "makes the pickles that must not be opened" for word in ("pickle", "os.system")},
     "tests/support/audited.py": {word: "shows that the watcher sees it" for word in ("pickle", "eval")},
     "tests/unit/config/test_checks.py": {"yaml.safe_load": "reads values that are written in that test"},

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from checkpoints_tools.opened import Weights
 from checkpoints_tools.regions import WEIGHT, Key
 from megalemur.config.model import ModelConfig
 from megalemur.model.names import EMBEDDING, HEAD, hf_shapes
@@ -101,3 +102,16 @@ def mistaken(mistake: str, model: ModelConfig, tensors: Tensors) -> Tensors:
     changed = dict(tensors)
     MISTAKES[mistake](model, changed)
     return changed
+
+
+def read_all(weights: Weights, kind: str = WEIGHT) -> Tensors:
+    """Every tensor of a kind, whole, by its Hugging Face name."""
+    shapes = hf_shapes(weights.model)
+    return {key.name: weights.read(key, 0, shapes[key.name][0]) for key in weights.dtypes if key.kind == kind}
+
+
+def same_tensors(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> bool:
+    """Whether names, dtypes and bits are the same."""
+    return found.keys() == wanted.keys() and all(
+        found[name].dtype == wanted[name].dtype and torch.equal(found[name], wanted[name]) for name in wanted
+    )

@@ -8,15 +8,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from checkpoints_tools.changes import Cast
+from checkpoints_tools.conversion import Request, convert
 from checkpoints_tools.errors import ConversionError
 from checkpoints_tools.foreign import DcpChunk, DcpTensor, dump_archive, dump_dcp_metadata, read_dcp_metadata
+from checkpoints_tools.formats import open_any
 from checkpoints_tools.layout import Options
 from checkpoints_tools.megatron_dist import open_megatron, recognises
 from checkpoints_tools.megatron_write import lay_out
 from megalemur.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from megalemur.parallel.boxes import whole
-from tests.support.layouts import open_llama, read_all, write_layout
 from tests.support.tiny import write_llama
+from tests.support.weights import read_all, same_tensors
 
 BRIDGE = """
 model:
@@ -47,19 +50,17 @@ def small(directory, **changes):
     return write_llama(directory, **{"num_layers": 2, **changes})
 
 
-def convert(hf, destination, **options):
-    opened = open_llama(hf)
-    return write_layout(lay_out(opened, opened, Options(pad_vocab_to=16, **options)), opened, destination)
-
-
-def same(found, wanted):
-    return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+def to_megatron(hf, destination, dtype=None, **options):
+    source = open_any(hf)
+    weights = source if dtype is None else Cast(source, dtype)
+    convert(weights, source, Request(destination, "megatron", Options(pad_vocab_to=16, **options)))
+    return destination
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     root = tmp_path_factory.mktemp("written")
-    return convert(small(root / "hf"), root / "megatron")
+    return to_megatron(small(root / "hf"), root / "megatron")
 
 
 @pytest.fixture
@@ -96,26 +97,26 @@ def with_chunk(number, **changes):
 )
 def test_what_is_written_is_read_again(tmp_path, shape, dtype):
     hf = small(tmp_path / "hf", dtype=dtype, **shape)
-    destination = convert(hf, tmp_path / "megatron")
+    destination = to_megatron(hf, tmp_path / "megatron")
     assert recognises(destination)
     assert recognises(destination / "release")
     opened = open_megatron(destination)
-    assert opened.model == open_llama(hf).model
+    assert opened.model == open_any(hf).model
     assert opened.notes == ()
-    assert same(read_all(opened), load_file(hf / "model.safetensors"))
+    assert same_tensors(read_all(opened), load_file(hf / "model.safetensors"))
 
 
 def test_another_dtype_is_cast_to(tmp_path):
     hf = small(tmp_path / "hf")
-    opened = open_megatron(convert(hf, tmp_path / "megatron", dtype=torch.bfloat16))
+    opened = open_megatron(to_megatron(hf, tmp_path / "megatron", dtype=torch.bfloat16))
     wanted = {name: weight.bfloat16() for name, weight in load_file(hf / "model.safetensors").items()}
-    assert same(read_all(opened), wanted)
+    assert same_tensors(read_all(opened), wanted)
 
 
 def test_rows_of_the_vocabulary_behind_the_last_token_are_zero(tmp_path):
     hf = small(tmp_path / "hf", vocab_size=250)
-    destination = convert(hf, tmp_path / "megatron", tensor=2)
-    model = open_llama(hf).model.model_copy(update={"vocab_size": 256})
+    destination = to_megatron(hf, tmp_path / "megatron", tensor=2)
+    model = open_any(hf).model.model_copy(update={"vocab_size": 256})
     embedding = read_all(open_megatron(destination, model))["model.embed_tokens.weight"]
     assert torch.equal(embedding[:250], load_file(hf / "model.safetensors")["model.embed_tokens.weight"])
     assert not embedding[250:].any()
@@ -164,7 +165,7 @@ def saved_flat(tensor, shards, file, data):
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
 def test_flat_ranges_of_an_old_distributed_optimizer_are_read(tmp_path, tensor_parallel):
     hf = small(tmp_path / "hf", vocab_size=256)
-    release = convert(hf, tmp_path / "megatron") / "release"
+    release = to_megatron(hf, tmp_path / "megatron") / "release"
     weights, t = load_file(hf / "model.safetensors"), tensor_parallel
     grids = {"linear_qkv.weight": (2, t, 1), "linear_proj.weight": (2, 1, t), "linear_fc2.weight": (2, 1, t)}
     grids |= {"linear_fc1.weight": (2, 2 * t, 1), "layer_norm_weight": (2, 1), "final_layernorm.weight": (1,)}
@@ -176,7 +177,7 @@ def test_flat_ranges_of_an_old_distributed_optimizer_are_read(tmp_path, tensor_p
         tensors[f"optimizer.state.exp_avg.{key}"] = saved_flat(tensor, grid, "__9_0.distcp", data)
     (release / "__9_0.distcp").write_bytes(data)
     (release / ".metadata").write_bytes(dump_dcp_metadata(metadata._replace(tensors=tensors)))
-    assert same(read_all(open_megatron(release), "exp_avg"), weights)
+    assert same_tensors(read_all(open_megatron(release), "exp_avg"), weights)
 
 
 def test_a_grid_that_does_not_divide_its_tensor_is_named(copy):
@@ -206,9 +207,9 @@ def test_a_file_that_was_cut_short_is_named(copy):
     [
         (with_chunk(1, first=10**12), "__0_2.distcp"),
         (with_chunk(1, length=10**12), "__0_2.distcp"),
-        (with_chunk(1, first=-1), r"has it in bytes \[-1"),
-        (with_chunk(1, file="../__0_2.distcp"), "no file's name"),
-        (with_chunk(1, file="/etc/passwd"), "no file's name"),
+        (with_chunk(1, first=-1), "no range of bytes"),
+        (with_chunk(1, file="../__0_2.distcp"), "no file of this directory"),
+        (with_chunk(1, file="/etc/passwd"), "no file of this directory"),
         (with_chunk(1, offsets=(0, 0, 0)), r"layers.0.mlp.down_proj.*overlap"),
         (with_chunk(1, offsets=(2, 0, 0)), "lies outside"),
         (with_chunk(1, sizes=(1, 64, 95)), r"float32 \[1, 64, 96\].*where"),
@@ -306,13 +307,13 @@ def test_other_directories_are_not_recognised(tmp_path, written):
 
 
 def test_parts_of_one_tensor_in_two_dtypes_are_refused(tmp_path):
-    opened = open_llama(small(tmp_path / "hf"))
+    opened = open_any(small(tmp_path / "hf"))
     weights = Mixed(opened, "model.layers.1.self_attn.k_proj.weight")
     with pytest.raises(ConversionError, match=r"k_proj.weight is torch.float16.*--dtype"):
         lay_out(weights, opened, Options())
     with pytest.raises(ConversionError, match=r"one layer.*--dtype"):
         lay_out(Mixed(opened, "model.layers.1.mlp.down_proj.weight"), opened, Options())
-    assert lay_out(weights, opened, Options(dtype=torch.bfloat16)).regions
+    assert lay_out(Cast(weights, torch.bfloat16), opened, Options()).regions
 
 
 class Mixed:
