@@ -206,11 +206,15 @@ class _Grid:
                 f"{self.directory}: the stages hold {told} layers, and the model has {model.num_layers}; is a stage's "
                 "folder missing?"
             )
-        if model.tie_embeddings and self.stages == 1 and any(one.name == HEAD for one in self._parameters):
-            raise ConversionError(
-                f"{self._first.path}: holds {HEAD}, and its settings say that the head is the embedding; "
-                f"{HOW_TO_GIVE_IT} with tie_word_embeddings false"
-            )
+        heads = [one for one in self._parameters if one.name == HEAD]
+        if model.tie_embeddings and self.stages == 1 and heads:
+            raise self._untied(heads[0])
+
+    def _untied(self, head: _Parameter) -> ConversionError:
+        return ConversionError(
+            f"{self.ranks[head.place].path}: {HEAD} is not the embedding, and the settings say that it is; "
+            f"{HOW_TO_GIVE_IT} with tie_word_embeddings false"
+        )
 
     def _copies(self, model: ModelConfig) -> Iterator[tuple[_Parameter, _Parameter]]:
         """What is stored more than once, with the one that counts: norms, and a tied head on the last stage."""
@@ -241,6 +245,9 @@ class _Grid:
         if others:
             yield f"only the weights are read, and not {', '.join(others)}"
         differing = [copy for copy, first in self._copies(model) if self._begin(copy) != self._begin(first)]
+        for one in differing:
+            if one.name == HEAD:
+                raise self._untied(one)
         if differing:
             yield (
                 f"{len(differing)} tensors that ranks should have in common differ between them, {differing[0].name} "
