@@ -17,6 +17,9 @@ from checkpoints_tools.regions import Key
 from megalemur.checkpoint.read_back import drop_from_memory
 from megalemur.model.names import hf_shapes
 
+_LAID_OUT = "megatron"
+"""Formats whose files depend on a layout begin so."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -58,7 +61,10 @@ def lay_out(weights: Weights, source: Opened, request: Request) -> Layout:
     format_ = FORMATS.get(request.format)
     if format_ is None or format_.lay_out is None:
         raise ConversionError(f"--to {request.format}: write one of {', '.join(written_formats())}")
-    return format_.lay_out(weights, source, request.options)
+    options = request.options
+    if not request.format.startswith(_LAID_OUT) and (options.tensor, options.pipeline, options.chunks) != (1, 1, 1):
+        raise ConversionError(f"--to {request.format} has no layout; leave out --tensor, --pipeline and --chunks")
+    return format_.lay_out(weights, source, options)
 
 
 def convert(
@@ -138,7 +144,7 @@ def _source(source: Opened, layout: Layout, request: Request) -> dict[str, Any]:
 def _destination(layout: Layout, request: Request) -> dict[str, Any]:
     options = request.options
     said: dict[str, Any] = {"format": layout.format, "files": len(layout.sizes), "bytes": sum(layout.sizes.values())}
-    if layout.format.startswith("megatron"):
+    if layout.format.startswith(_LAID_OUT):
         said |= {name: getattr(options, name) for name in ("tensor", "pipeline", "chunks", "transformer_engine")}
     return said
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from checkpoints_tools.conversion import Outcome, Request
     from checkpoints_tools.opened import Opened, Weights
+    from megalemur.config.model import ModelConfig
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -23,6 +24,7 @@ class FormatChoice(str, Enum):
 
     hf = "hf"
     megalemur = "megalemur"
+    megatron_legacy = "megatron-legacy"
 
 
 class DtypeChoice(str, Enum):
@@ -48,6 +50,18 @@ def command(  # noqa: PLR0913 - typer reads the options from the parameters
     ] = None,
     fill: Annotated[str, typer.Option(help="New rows: mean, zero, or a safetensors file with them.")] = "mean",
     tokenizer: Annotated[Path | None, typer.Option(help="Folder with the tokenizer to put beside the weights.")] = None,
+    hf_config: Annotated[
+        Path | None, typer.Option(help="Folder with the config.json of a source that does not say what it is.")
+    ] = None,
+    tensor: Annotated[int, typer.Option(min=1, help="megatron-legacy: tensor-parallel ranks.")] = 1,
+    pipeline: Annotated[int, typer.Option(min=1, help="megatron-legacy: pipeline stages.")] = 1,
+    chunks: Annotated[int, typer.Option(min=1, help="megatron-legacy: virtual chunks of a stage.")] = 1,
+    transformer_engine: Annotated[
+        bool, typer.Option("--transformer-engine/--local-names", help="Megatron: whose layers the names are of.")
+    ] = False,
+    pad_vocab_to: Annotated[
+        int, typer.Option(min=1, help="Megatron: a rank's rows of the embedding are a multiple of this.")
+    ] = 128,
     workers: Annotated[int, typer.Option(min=1, help="Threads; the result does not depend on it.")] = (
         len(os.sched_getaffinity(0))
     ),
@@ -65,11 +79,18 @@ def command(  # noqa: PLR0913 - typer reads the options from the parameters
         from checkpoints_tools.vocabulary import Wish, change
 
         console = Console()
-        opened = open_any(source)
+        opened = open_any(source, model=_described(hf_config))
         wish = Wish(vocab_size, add_tokens, fill, tokenizer)
         weights, carried, changes = change(opened, opened, wish)
         weights, changes = _cast(weights, dtype, changes)
-        options = Options(max_shard_bytes=parse_size(max_shard_size, "--max-shard-size"))
+        options = Options(
+            max_shard_bytes=parse_size(max_shard_size, "--max-shard-size"),
+            tensor=tensor,
+            pipeline=pipeline,
+            chunks=chunks,
+            transformer_engine=transformer_engine,
+            pad_vocab_to=pad_vocab_to,
+        )
         request = Request(destination, to.value, options, changes, workers, resume)
         if dry_run:
             from checkpoints_tools.dry_run import show
@@ -77,6 +98,18 @@ def command(  # noqa: PLR0913 - typer reads the options from the parameters
             show(console, weights, carried, request)
             return
         _convert(console, weights, carried, request)
+
+
+def _described(folder: Path | None) -> "ModelConfig | None":
+    if folder is None:
+        return None
+    from checkpoints_tools.errors import RequestError
+    from megalemur.model.hf_config import read_hf_config
+
+    try:
+        return read_hf_config(folder).model
+    except ValueError as error:
+        raise RequestError(f"--hf-config: {error}") from None
 
 
 def _cast(

@@ -152,6 +152,18 @@ def replace_file(path: Path, data: bytes) -> None:
         disk.close(handle)
 
 
+def write_frames(path: Path, frames: Sequence[Frame]) -> None:
+    """Write what is no tensor's into a file whose tensors are there."""
+    handle = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        for frame in frames:
+            done = 0
+            while done < len(frame.data):
+                done += os.pwrite(handle, frame.data[done:], frame.offset + done)
+    finally:
+        os.close(handle)
+
+
 def plan_digest(layout: Layout, source: Mapping[str, object]) -> str:
     """Digest of what will be written, and of what it is made from."""
     frames: dict[str, Sequence[Frame]] = dict(layout.frames)

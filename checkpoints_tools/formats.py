@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoints_tools import hf, megatron_dist, megatron_write, native
+from checkpoints_tools import hf, megatron_dist, megatron_legacy, megatron_legacy_write, megatron_write, native
 from checkpoints_tools.errors import ConversionError
 from checkpoints_tools.layout import Layout, Options
 from checkpoints_tools.opened import Opened, Weights
@@ -34,6 +34,12 @@ FORMATS: Mapping[str, Format] = {
         megatron_dist.recognises,
         megatron_dist.open_megatron,
         megatron_write.lay_out,
+    ),
+    megatron_legacy.NAME: Format(
+        "a checkpoint of Megatron-LM with a file for each rank (--ckpt-format torch)",
+        megatron_legacy.recognises,
+        megatron_legacy.open_megatron_legacy,
+        megatron_legacy_write.lay_out,
     ),
 }
 """Name to format, in the order in which a directory is tried: one of ours is a Hugging Face directory besides."""

@@ -47,7 +47,7 @@ _LLAMA: dict[str, tuple[Any, ...]] = {
 # a table of all tensors is made before any file is compared with it
 _MAX_LAYERS, _MAX_HEADS = 10_000, 4096
 
-COMPARED = (
+_COMPARED = (
     "num_layers",
     "hidden_size",
     "ffn_hidden_size",
@@ -92,6 +92,42 @@ def model_of_settings(settings: Mapping[str, Any], where: Path) -> ModelConfig:
     for problem in _misshapen(model, settings.get("kv_channels")):
         raise ConversionError(f"{where}: {problem}")
     return model
+
+
+def model_and_notes(
+    settings: Mapping[str, Any], where: Path, rows: int, given: ModelConfig | None = None
+) -> tuple[ModelConfig, list[str]]:
+    """The architecture of a checkpoint, and what a reader should know about it.
+
+    Args:
+        settings: as `model_of_settings` has them; empty where a checkpoint has none.
+        where: the file, for messages.
+        rows: of the embedding, padding included: the vocabulary where its true size is not recorded.
+        given: taken in the place of the settings.
+
+    Raises:
+        ConversionError: as `model_of_settings`, when no model is given.
+    """
+    if given is not None:
+        return given, _differences(settings, where, given)
+    model = model_of_settings({"padded_vocab_size": rows, **settings}, where)
+    if settings.get("vocab_size") is None or model.vocab_size > rows:
+        note = f"the true size of the vocabulary is not recorded: all {rows} rows are kept, padding among them"
+        return model.model_copy(update={"vocab_size": rows}), [note]
+    return model, []
+
+
+def _differences(settings: Mapping[str, Any], where: Path, given: ModelConfig) -> list[str]:
+    """What the settings say otherwise than a model that was given; a true vocabulary is no difference."""
+    if not settings:
+        return []
+    try:
+        said = model_of_settings({"padded_vocab_size": given.vocab_size, **settings}, where)
+    except ConversionError as error:
+        return [f"the model that was given is taken, since {error}"]
+    names = [name for name in _COMPARED if getattr(said, name) != getattr(given, name)]
+    listing = ", ".join(f"{name} {getattr(said, name)!r} (given: {getattr(given, name)!r})" for name in names)
+    return [f"{where} says otherwise than the model that was given: {listing}"] if names else []
 
 
 def arguments_of(model: ModelConfig, padded_vocab: int) -> dict[str, Any]:

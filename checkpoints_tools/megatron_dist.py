@@ -21,7 +21,7 @@ from checkpoints_tools.foreign import (
     read_archive,
     read_dcp_metadata,
 )
-from checkpoints_tools.megatron_args import COMPARED, HOW_TO_GIVE_IT, model_of_settings
+from checkpoints_tools.megatron_args import HOW_TO_GIVE_IT, model_and_notes
 from checkpoints_tools.megatron_tensors import (
     EMBEDDING,
     HEAD,
@@ -87,14 +87,14 @@ def open_megatron(path: Path, model: ModelConfig | None = None) -> Opened:
     common = _common(directory)
     table = _Table(directory, metadata)
     rows = table.vocabulary()
-    said, notes = _model(directory, common, rows) if model is None else (model, _differences(directory, common, model))
+    said, notes = _model(directory, common, rows, model)
     regions = table.regions(said, rows)
     return Opened(
         format=NAME,
         path=directory,
         model=said,
         regions=regions,
-        small_files=_tokenizer(directory),
+        small_files=tokenizer_files(directory),
         facts=_facts(common, metadata),
         notes=(*notes, *table.notes, *metadata.notes),
     )
@@ -136,33 +136,17 @@ def _common(directory: Path) -> Mapping[str, Any]:
     return tree
 
 
-def _model(directory: Path, common: Mapping[str, Any], rows: int) -> tuple[ModelConfig, list[str]]:
+def _model(
+    directory: Path, common: Mapping[str, Any], rows: int, given: ModelConfig | None
+) -> tuple[ModelConfig, list[str]]:
     """What the checkpoint says about its model, and what is not certain."""
     where, settings = _settings(directory, common)
-    if not settings:
+    if not settings and given is None:
         raise ConversionError(
             f"{directory}: neither {COMMON} nor {BRIDGE_CONFIG} nor NeMo's context says what the model is. Heads, "
             f"groups, rotary base and the epsilon of the norms cannot be told from shapes: {HOW_TO_GIVE_IT}"
         )
-    model = model_of_settings({"padded_vocab_size": rows, **settings}, where)
-    if settings.get("vocab_size") is None or model.vocab_size > rows:
-        note = f"the true size of the vocabulary is not recorded: all {rows} rows are kept, padding among them"
-        return model.model_copy(update={"vocab_size": rows}), [note]
-    return model, []
-
-
-def _differences(directory: Path, common: Mapping[str, Any], model: ModelConfig) -> list[str]:
-    """What the checkpoint says otherwise than a model that was given; a true vocabulary is no difference."""
-    where, settings = _settings(directory, common)
-    if not settings:
-        return []
-    try:
-        said = model_of_settings({"padded_vocab_size": model.vocab_size, **settings}, where)
-    except ConversionError as error:
-        return [f"the model that was given is taken, since {error}"]
-    names = [name for name in COMPARED if getattr(said, name) != getattr(model, name)]
-    listing = ", ".join(f"{name} {getattr(said, name)!r} (given: {getattr(model, name)!r})" for name in names)
-    return [f"{where} says otherwise than the model that was given: {listing}"] if names else []
+    return model_and_notes(settings, where, rows, given)
 
 
 def _settings(directory: Path, common: Mapping[str, Any]) -> tuple[Path, Mapping[str, Any]]:
@@ -201,7 +185,7 @@ def _facts(common: Mapping[str, Any], metadata: DcpMetadata) -> dict[str, Any]:
     return {name: value for name, value in told.items() if isinstance(value, (int, float)) and value is not True}
 
 
-def _tokenizer(directory: Path) -> dict[str, bytes]:
+def tokenizer_files(directory: Path) -> dict[str, bytes]:
     """Files that Megatron-LM keeps beside the weights, by the names that Hugging Face gives them."""
     files = SmallFiles(directory / TOKENIZER)
     return {name: data for name in CARRIED_FILES if (data := files.get(name)) is not None}

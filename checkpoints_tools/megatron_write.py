@@ -8,7 +8,6 @@ One file for the embedding, one a layer, one for the final norm and the head; in
 job without tensor parallelism would save it: fc1 as two boxes, gate above up. Layers are stacked along a first axis.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from checkpoints_tools.draft import write_frames
 from checkpoints_tools.errors import ConversionError
 from checkpoints_tools.foreign import (
     DcpChunk,
@@ -38,6 +38,7 @@ from checkpoints_tools.regions import WEIGHT, Key, Region, contiguous
 from megalemur.config.model import ModelConfig
 from megalemur.config.parallel import ParallelConfig
 from megalemur.config.strict_json import readable_json
+from megalemur.model.hf_config import CARRIED_FILES
 from megalemur.model.names import Split, segments_of
 from megalemur.parallel.boxes import Segment
 
@@ -201,7 +202,7 @@ def _small_files(model: ModelConfig, padded: int, source: Opened, metadata: byte
         "common_backend_version": 1,
     }
     files = {METADATA: metadata, COMMON: dump_archive(common), BACKEND: readable_json(backend)}
-    files |= {f"{TOKENIZER}/{name}": data for name, data in source.small_files.items()}
+    files |= {f"{TOKENIZER}/{name}": data for name, data in source.small_files.items() if name in CARRIED_FILES}
     return {**{f"{RELEASE}/{name}": data for name, data in files.items()}, TRACKER: RELEASE.encode()}
 
 
@@ -218,15 +219,4 @@ class _Finish:
             crc = combined_crc(stretches, archive.first, archive.bytes)
             by_file.setdefault(archive.file, []).extend(archive.framed.frames({archive.box.key: crc}))
         for file, frames in by_file.items():
-            _write_frames(directory / RELEASE / file, frames)
-
-
-def _write_frames(path: Path, frames: Sequence[Frame]) -> None:
-    handle = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        for frame in frames:
-            done = 0
-            while done < len(frame.data):
-                done += os.pwrite(handle, frame.data[done:], frame.offset + done)
-    finally:
-        os.close(handle)
+            write_frames(directory / RELEASE / file, frames)

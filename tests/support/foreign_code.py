@@ -58,6 +58,7 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     "tests/support/launched.py": {"import_module": "the function that a test names"},
     "tests/unit/checkpoints_tools/test_foreign.py": {"torch.load": "reads what that test wrote, as torch's users do"},
     "tests/unit/config/test_resume.py": {"yaml.safe_load": "reads values that are written in that test"},
+    "tests/support/rank_files.py": {"torch.load": "as Megatron-LM loads what the tests have written"},
     "tests/support/ranks.py": {"pickle": _OWN_PROCESSES, "multiprocessing": _OWN_PROCESSES},
     "tests/unit/test_ranks.py": {"multiprocessing": _OWN_PROCESSES},
     "tests/support/megatron.py": {"multiprocessing": "tells megatron-core's writer that this rank may have children"},
