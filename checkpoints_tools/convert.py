@@ -24,6 +24,7 @@ class FormatChoice(str, Enum):
 
     hf = "hf"
     megalemur = "megalemur"
+    megatron = "megatron"
     megatron_legacy = "megatron-legacy"
 
 

@@ -142,10 +142,22 @@ def _try(name: str, campaign: Campaign, shared: Any, number: int, batch: Batch, 
             hit = campaign.trial(shared, Trial(number, chance, Path(directory), real))
             batch.spread[hit] = batch.spread.get(hit, 0) + 1
         except Exception:
-            batch.failures.append({"trial": number, "said": traceback.format_exc()[-2000:]})
+            batch.failures.append({"trial": number, "said": _without_places(traceback.format_exc(), scratch)[-2000:]})
     batch.trials += 1
     batch.real += real
     batch.seconds += time.monotonic() - began
+
+
+def _without_places(text: str, scratch: Path) -> str:
+    """Without the folders of this machine."""
+    for folder, word in (
+        (scratch, "SCRATCH"),
+        (RESULTS.parents[2], "."),
+        (sys.prefix, "PYTHON"),
+        (sys.base_prefix, "PYTHON"),
+    ):
+        text = text.replace(str(folder), word)
+    return text
 
 
 def _append(name: str, batch: Batch, results: Path) -> None:
