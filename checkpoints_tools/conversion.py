@@ -44,6 +44,8 @@ class Outcome:
     """Until everything was on the disk."""
     verify_seconds: float
     """To read it back and compare."""
+    left_out: tuple[str, ...] = ()
+    """Kinds of optimizer state that the source has and the destination does not."""
 
 
 def _no_progress(stage: str, total: int) -> Progress:
@@ -104,12 +106,14 @@ def convert(
         found = digests(draft)
         _verify(draft, request, weights, found, progress("verifying", total))
         end = time.monotonic()
-        text = certificate(weights, found, source=_source(source, request), destination=_destination(layout, request))
+        text = certificate(
+            weights, found, source=_source(source, layout, request), destination=_destination(layout, request)
+        )
         replace_file(draft.tree / NAME, text)
         draft.commit()
     finally:
         draft.close()
-    return Outcome(total, middle - began, end - middle)
+    return Outcome(total, middle - began, end - middle, left_out(source, layout))
 
 
 def _verify(draft: Draft, request: Request, weights: Weights, expected: Mapping[Key, str], advance: Progress) -> None:
@@ -120,12 +124,19 @@ def _verify(draft: Draft, request: Request, weights: Weights, expected: Mapping[
     compare(expected, written, request.workers, advance)
 
 
-def _source(source: Opened, request: Request) -> dict[str, Any]:
+def left_out(source: Opened, layout: Layout) -> tuple[str, ...]:
+    """Kinds of state that are not taken along."""
+    taken = {key.kind for unit in layout.units for key in unit}
+    return tuple(sorted({key.kind for key in source.dtypes} - taken))
+
+
+def _source(source: Opened, layout: Layout, request: Request) -> dict[str, Any]:
     return {
         "format": source.format,
         "path": str(source.path.absolute()),
         "step": source.facts.get("step"),
         "changes": dict(request.changes),
+        "left_out": list(left_out(source, layout)),
         "notes": list(source.notes),
     }
 

@@ -136,15 +136,21 @@ def _convert(console: "Console", weights: "Weights", source: "Opened", request: 
         console.print(f"note: {note}", highlight=False)
     with Stages(console) as stages:
         outcome = convert(weights, source, request, progress=stages.begin)
-    console.print(_said(outcome, request), highlight=False)
+    if outcome.left_out:
+        kinds = ", ".join(outcome.left_out)
+        console.print(f"note: the optimizer's state ({kinds}) was not taken along", highlight=False)
+    console.print(_said(outcome, request), highlight=False, soft_wrap=True)
 
 
 def _said(outcome: "Outcome", request: "Request") -> str:
-    size = outcome.bytes / 1e9
+    from rich.filesize import decimal
+
+    def rate(seconds: float) -> str:
+        return f"{seconds:.1f} s ({decimal(int(outcome.bytes / max(seconds, 1e-9)))}/s)"
+
     return (
-        f"{request.destination}: {size:,.2f} GB written in {outcome.write_seconds:.1f} s "
-        f"({size / max(outcome.write_seconds, 1e-9):.2f} GB/s), read back and found equal in "
-        f"{outcome.verify_seconds:.1f} s ({size / max(outcome.verify_seconds, 1e-9):.2f} GB/s); conversion.json says so"
+        f"{request.destination}: {decimal(outcome.bytes)} written in {rate(outcome.write_seconds)}, read back and "
+        f"found equal in {rate(outcome.verify_seconds)}; conversion.json says so"
     )
 
 

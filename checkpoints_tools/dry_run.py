@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from checkpoints_tools.conversion import Request, bytes_of, lay_out
+from checkpoints_tools.conversion import Request, bytes_of, lay_out, left_out
 from checkpoints_tools.opened import Opened, Weights
 from checkpoints_tools.regions import Region
 from megalemur.model.names import hf_shapes
@@ -34,6 +34,9 @@ def show(console: Console, weights: Weights, source: Opened, request: Request) -
     wanted = sum(layout.sizes.values()) + sum(map(len, layout.small_files.values()))
     free = shutil.disk_usage(_there(request.destination)).free
     files = len(layout.sizes) + len(layout.small_files)
+    left = left_out(source, layout)
+    if left:
+        console.print(f"the optimizer's state ({', '.join(left)}) is not taken along", highlight=False)
     console.print(
         f"{wanted / 1e9:,.2f} GB in {files} files; {free / 1e9:,.1f} GB are free"
         + ("" if wanted < free else ": too little"),

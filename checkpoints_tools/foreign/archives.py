@@ -1,5 +1,6 @@
 """What torch.save writes: a tree of plain values, and tensors as places in the file. No tensor is read."""
 
+import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,14 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from checkpoints_tools.foreign.machine import Namespace, PickleError, Stub, are_counts
 from checkpoints_tools.foreign.pickles import (
     MAX_BYTES,
-    Namespace,
-    PickleError,
     PlannedStorage,
     PlannedView,
     StorageType,
-    View,
     read_pickle,
     write_pickle,
 )
@@ -24,7 +23,6 @@ from checkpoints_tools.layout import Frame
 
 _PICKLE, _STORAGES, _ORDER = "data.pkl", "data/", "byteorder"
 _NAME = "archive"
-_MAX_DEPTH = 100
 
 
 class StoredTensor(NamedTuple):
@@ -59,9 +57,27 @@ class Archive(NamedTuple):
     """Classes that were not called and that no checkpoint needs."""
 
 
-class _Storage(NamedTuple):
-    record: Record
+@dataclass(frozen=True, eq=False)
+class _Storage:
+    """Bytes that tensors are views of."""
+
+    offset: int
+    """First byte in the file."""
+    size: int
     dtype: torch.dtype | None
+
+    def tensor(
+        self, dtype: torch.dtype | None, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]
+    ) -> StoredTensor:
+        """A view, which must lie inside."""
+        dtype = dtype or self.dtype
+        if dtype is None:
+            raise PickleError("a tensor has no dtype")
+        last = sum((extent - 1) * stride for extent, stride in zip(shape, strides, strict=True))
+        needed, first = 0 if 0 in shape else (last + 1) * dtype.itemsize, offset * dtype.itemsize
+        if first + needed > self.size:
+            raise PickleError(f"a tensor of {needed} bytes lies at byte {first} of a storage of {self.size}")
+        return StoredTensor(dtype, shape, strides, self.offset + first, self.size - first)
 
 
 def read_archive(path: Path, first: int = 0, size: int | None = None) -> Archive:
@@ -72,58 +88,39 @@ def read_archive(path: Path, first: int = 0, size: int | None = None) -> Archive
     """
     with Window(path, first, size) as window:
         records = read_records(window)
-        prefix = next((name.removesuffix(_PICKLE) for name in records if name.endswith(f"/{_PICKLE}")), None)
-        if prefix is None:
-            raise window.damaged(f"it has no {_PICKLE}")
+        prefixes = [name.removesuffix(_PICKLE) for name in records if name.endswith(f"/{_PICKLE}")]
+        if len(prefixes) != 1:
+            raise window.damaged(f"it has {len(prefixes)} records of the name {_PICKLE}")
+        (prefix,) = prefixes
         order = records.get(prefix + _ORDER)
-        if order is not None and order.size < 16 and window.read(order.offset - first, order.size).strip() != b"little":
-            raise window.damaged("its numbers are big-endian")
+        if order is not None and window.read(order.offset - first, min(order.size, 16)).strip() != b"little":
+            raise window.damaged("its numbers are not little-endian")
         where = records[prefix + _PICKLE]
         if where.size > MAX_BYTES:
             raise window.damaged(f"{_PICKLE} has {where.size} bytes, and no checkpoint more than {MAX_BYTES}")
-
-        def load(pid: Any) -> _Storage:
-            if not isinstance(pid, tuple) or len(pid) < 3 or pid[0] != "storage" or not isinstance(pid[1], StorageType):
-                raise PickleError("a tensor's storage is nothing that torch.save writes")
-            record = records.get(f"{prefix}{_STORAGES}{pid[2]}") if isinstance(pid[2], str) else None
-            if record is None:
-                raise PickleError(f"storage {pid[2]!r:.80} is not in the archive")
-            return _Storage(record, pid[1].dtype)
-
+        data = window.read(where.offset - first, where.size)
+        storages = {name.removeprefix(prefix + _STORAGES): record for name, record in records.items()}
         try:
-            tree, stubs = read_pickle(window.read(where.offset - first, where.size), load)
-            return Archive(_placed(tree, 0), stubs)
+            return Archive(*read_pickle(data, lambda pid: _storage(pid, storages)))
         except PickleError as error:
             raise window.damaged(str(error)) from None
 
 
-def _placed(value: Any, depth: int) -> Any:
-    """The tree with every view as a place in the file."""
-    if depth > _MAX_DEPTH:
-        raise PickleError("it is nested too deeply")
-    if isinstance(value, View):
-        return _tensor(value)
-    if isinstance(value, dict):
-        return {key: _placed(inner, depth + 1) for key, inner in value.items()}
-    if isinstance(value, Namespace):
-        return Namespace(_placed(value.values, depth + 1))
-    if type(value) in (list, tuple):
-        return type(value)(_placed(inner, depth + 1) for inner in value)
-    return value
-
-
-def _tensor(view: View) -> StoredTensor:
-    if not isinstance(view.storage, _Storage):
-        raise PickleError("a tensor has no storage")
-    dtype = view.dtype or view.storage.dtype
-    if dtype is None:
-        raise PickleError("a tensor has no dtype")
-    record, first = view.storage.record, view.offset * dtype.itemsize
-    last = sum((extent - 1) * stride for extent, stride in zip(view.shape, view.strides, strict=True))
-    needed = 0 if 0 in view.shape else (last + 1) * dtype.itemsize
-    if first + needed > record.size:
-        raise PickleError(f"a tensor of {needed} bytes lies at byte {first} of a storage of {record.size}")
-    return StoredTensor(dtype, view.shape, view.strides, record.offset + first, record.size - first)
+def _storage(pid: Any, records: Mapping[str, Record]) -> _Storage | Stub:
+    """What a persistent id stands for: ("storage", class, key, device, elements)."""
+    if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage":
+        raise PickleError("it refers to what is no storage")
+    _, kind, key, _, elements = pid
+    if not isinstance(key, str) or not re.fullmatch("[0-9]{1,18}", key) or not are_counts([elements]):
+        raise PickleError("a storage's key or size is no number")
+    if key not in records:
+        raise PickleError(f"storage {key} is not in the archive")
+    if not isinstance(kind, StorageType):
+        return Stub("a storage of an unknown class")
+    record, width = records[key], kind.dtype.itemsize if kind.dtype is not None else 1
+    if elements * width > record.size:
+        raise PickleError(f"storage {key} claims {elements * width} bytes and has {record.size}")
+    return _Storage(record.offset, elements * width, kind.dtype)
 
 
 class PlannedTensor(NamedTuple):

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from checkpoints_tools.foreign.pickles import MAX_BYTES, PickleError, Stub, read_pickle, write_pickle
+from checkpoints_tools.foreign.machine import PickleError, Stub, are_counts
+from checkpoints_tools.foreign.pickles import MAX_BYTES, read_pickle, write_pickle
 from megalemur.checkpoint.errors import DamagedCheckpoint, UnreadableCheckpoint
 from megalemur.checkpoint.manifest import is_plain_path
 from megalemur.config.plain_files import read_plain
@@ -57,6 +58,8 @@ def read_dcp_metadata(path: Path) -> DcpMetadata:
                 tensors[_text(name)] = _tensor(name, entry, places)
             elif (name, None) in places:
                 objects[_text(name)] = places[name, None]
+            else:
+                raise PickleError(f"nothing says where {_text(name)} lies")
         return DcpMetadata(tensors, objects, stubs)
     except OSError as error:
         raise UnreadableCheckpoint(path, f"cannot be read: {error.strerror}") from error
@@ -81,9 +84,9 @@ def _text(value: Any) -> str:
 
 
 def _numbers(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, tuple) or not all(type(number) is int and number >= 0 for number in value):
-        raise PickleError(f"{type(value).__name__} is no shape")
-    return value
+    if not isinstance(value, (tuple, list)) or not are_counts(value):
+        raise PickleError("a shape or offset is no list of numbers from 0 up")
+    return tuple(value)
 
 
 def _places(storage: Mapping[Any, Any]) -> _Places:
@@ -95,10 +98,16 @@ def _places(storage: Mapping[Any, Any]) -> _Places:
         offset = index.get("offset")
         file, first, length = info.get("relative_path"), info.get("offset"), info.get("length")
         if not isinstance(file, str) or not is_plain_path(file) or "/" in file:
-            raise PickleError(f"{file!r:.200} is no file of this directory")
-        if type(first) is not int or type(length) is not int or first < 0 or length < 0:
-            raise PickleError(f"{file}: {first!r:.50} and {length!r:.50} are no range of bytes")
-        found[_text(index.get("fqn")), None if offset is None else _numbers(offset)] = (file, first, length)
+            shown = repr(file[:200]) if isinstance(file, str) else f"a {type(file).__name__}"
+            raise PickleError(f"{shown} is no file of this directory")
+        if not are_counts([first, length]):
+            raise PickleError(f"{file}: an offset or length is no number from 0 up")
+        if info.get("transform_descriptors"):
+            raise PickleError(f"{file}: what it holds is compressed or changed in another way")
+        key = _text(index.get("fqn")), None if offset is None else _numbers(offset)
+        if key in found:
+            raise PickleError(f"{key[0]} at {key[1]} lies in two places")
+        found[key] = (file, first, length)
     return found
 
 
@@ -106,15 +115,21 @@ def _tensor(name: str, entry: Stub, places: _Places) -> DcpTensor:
     dtype = _dtype(entry.get("properties"))
     if dtype is None:
         raise PickleError(f"{name} has no dtype")
-    chunks = []
+    chunks, size = [], _numbers(entry.get("size"))
     for chunk in entry.get("chunks") or ():
         if not isinstance(chunk, Stub):
             raise PickleError(f"{name}: a chunk is none")
         offsets, sizes = _numbers(chunk.get("offsets")), _numbers(chunk.get("sizes"))
+        if not len(offsets) == len(sizes) == len(size) or any(map(_leaves, offsets, sizes, size)):
+            raise PickleError(f"{name}: its chunk at {offsets} lies outside its shape {size}")
         if (name, offsets) not in places:
             raise PickleError(f"{name}: nothing says where its chunk at {offsets} lies")
         chunks.append(DcpChunk(offsets, sizes, *places[name, offsets]))
-    return DcpTensor(_numbers(entry.get("size")), dtype, tuple(chunks))
+    return DcpTensor(size, dtype, tuple(chunks))
+
+
+def _leaves(offset: int, extent: int, size: int) -> bool:
+    return offset + extent > size
 
 
 def _dtype(properties: Any) -> torch.dtype | None:

@@ -20,9 +20,11 @@ _ENTRY = struct.Struct("<4s6H3L5H2L")
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 _END_RECORD = struct.Struct("<4s4H2LH")
 _END64_RECORD = struct.Struct("<4sQ2H2L4Q")
-_MAX_DIRECTORY_BYTES = 64 << 20
+_MAX_DIRECTORY_BYTES = 4 << 20
+"""Room for 50,000 records."""
 _MAX_COMMENT_BYTES = 0xFFFF
 _BEYOND_32 = 0xFFFFFFFF
+_ENCRYPTED = 1
 _ALIGNMENT = 64
 """Tensors begin at multiples of this many bytes, as torch puts them."""
 _PADDING = 0x4246
@@ -96,7 +98,7 @@ def read_records(window: Window) -> dict[str, Record]:
     for _ in range(count):
         name, record, at = _entry(window, data, at)
         if name in found:
-            raise window.damaged(f"{name!r} is in it twice")
+            raise window.damaged(f"{name[:100]!r} is in it twice")
         found[name] = record
     ordered = sorted(found.values())
     for one, other in pairwise(ordered):
@@ -112,8 +114,8 @@ def _directory_place(window: Window) -> tuple[int, int, int]:
     at = data.rfind(_END)
     if at < 0 or at + _END_RECORD.size > len(data):
         raise window.damaged(
-            "it is no zip archive (torch before 1.6 wrote others: load it there and save it again, or ask for a newer "
-            "copy)"
+            "it is no zip archive, or is cut short; torch before 1.6 wrote no archives: whoever trusts such a file "
+            "loads it with torch.load and writes it again with torch.save"
         )
     *_, count, size, offset, _ = _END_RECORD.unpack_from(data, at)
     locator = window.size - tail + at - 20
@@ -132,20 +134,20 @@ def _entry(window: Window, data: bytes, at: int) -> tuple[str, Record, int]:
     if at + _ENTRY.size > len(data) or data[at : at + 4] != _CENTRAL:
         raise window.damaged("its directory is cut short")
     fields = _ENTRY.unpack_from(data, at)
-    method, packed, size = fields[4], fields[8], fields[9]
+    flags, method, packed, size = fields[3], fields[4], fields[8], fields[9]
     name_bytes, extra_bytes, comment_bytes, header = fields[10], fields[11], fields[12], fields[16]
     start = at + _ENTRY.size
     name = data[start : start + name_bytes].decode("utf-8", "replace")
     extra = data[start + name_bytes : start + name_bytes + extra_bytes]
     size, packed, header = _wide(window, extra, size, packed, header)
-    if method != 0 or packed != size:
-        raise window.damaged(f"{name!r} is compressed, and tensors are read where they lie")
+    if method != 0 or packed != size or flags & _ENCRYPTED:
+        raise window.damaged(f"{name[:100]!r} is compressed or encrypted, and tensors are read where they lie")
     local = _LOCAL_HEADER.unpack(window.read(header, _LOCAL_HEADER.size))
     if local[0] != _LOCAL:
-        raise window.damaged(f"{name!r} is not where its directory says")
+        raise window.damaged(f"{name[:100]!r} is not where its directory says")
     offset = header + _LOCAL_HEADER.size + local[9] + local[10]
     if offset + size > window.size:
-        raise window.damaged(f"{name!r} has {size} bytes at {offset}, beyond its end")
+        raise window.damaged(f"{name[:100]!r} has {size} bytes at {offset}, beyond its end")
     return name, Record(window.first + offset, size), start + name_bytes + extra_bytes + comment_bytes
 
 

@@ -52,6 +52,21 @@ def test_slow_first_steps_and_saves_raise_no_alarm(tmp_path):
         assert run.checkpoints() == [3]
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_stopped_in_a_save_is_no_slow_save(tmp_path, rank):
+    config = run_of(tmp_path, f"watchdog.timeout={TIMEOUT}", "run.stop_at=3", "checkpoint.asynchronous=false")
+    with launched(config, Fault(rank, SAVE, 1, "sleep 60")) as run:
+        run.wait_for_step(3)
+        time.sleep(1)
+        os.kill(run.worker(rank), signal.SIGSTOP)
+        began = time.monotonic()
+        assert run.codes() == [exit_codes.HANG] * 2, run.output()
+        took = time.monotonic() - began
+        assert TIMEOUT < took < TIMEOUT + 5, (took, run.output())
+        (guilty,) = {line for line in run.output().splitlines() if line.startswith("  rank ")}
+        assert guilty.startswith(f"  rank {rank} (") and "stopped (T)" in guilty and "section save" in guilty
+
+
 def test_a_job_that_is_suspended_and_goes_on_raises_no_alarm(tmp_path):
     with launched(run_of(tmp_path, f"watchdog.timeout={TIMEOUT}")) as run:
         run.wait_for_step(3)

@@ -93,7 +93,7 @@ class Batch:
     spread: dict[str, int] = field(default_factory=dict)
     """How often each phase or layout was hit."""
     failures: list[dict[str, Any]] = field(default_factory=list)
-    """Number and last lines of what was said."""
+    """Number and last lines of what was said; `mended`, by hand: what it was, once that is known."""
     when: str = ""
     facts: dict[str, str] = field(default_factory=dict)
     """Machine and versions."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from megalemur.cli import exit_codes
 from megalemur.supervise.process import descendants
 from tests.faults.campaign import Campaign, Trial
-from tests.faults.runs import BIG, launch, write_run
+from tests.faults.runs import BIG, launch, process_of, write_run
 from tests.support.launched import is_running, launched, wait_for
 from tests.support.tiny import tiny_run
 
@@ -63,8 +63,7 @@ def _launched(trial: Trial) -> str:
     wait_for(lambda: metrics.exists() and metrics.stat().st_size, bool, said.read_text)
     time.sleep(trial.chance.uniform(0, 5))
     everyone = [process.pid, *descendants(process.pid)]
-    workers = [pid for pid in everyone if not descendants(pid) and b"megalemur" in _command(pid)]
-    victim = trial.chance.choice(workers)
+    victim, _ = process_of(everyone, trial.chance.randrange(2))
     began = time.monotonic()
     os.kill(victim, signal.SIGKILL)
     code = process.wait(60)
@@ -72,10 +71,6 @@ def _launched(trial: Trial) -> str:
     assert code == exit_codes.RANK_DIED and took < _LIMIT, (code, took, said.read_text()[-2000:])
     wait_for(lambda: [pid for pid in everyone if is_running(pid)], lambda living: not living, seconds=5)
     return "worker of the launcher"
-
-
-def _command(pid: int) -> bytes:
-    return Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 CAMPAIGN = Campaign(

@@ -53,7 +53,8 @@ def _failures(name: str, batches: list[Batch]) -> str:
     said = [(batch.seed, failure) for batch in batches for failure in batch.failures]
     if not said:
         return ""
-    lines = "".join(f"- seed {seed}, trial {failure['trial']}\n" for seed, failure in said)
+    told = [(seed, one["trial"], one.get("mended", "not explained yet")) for seed, one in said]
+    lines = "".join(f"- seed {seed}, trial {number}: {why}\n" for seed, number, why in told)
     return f"\n## Failed trials of {name}\n\n{lines}"
 
 

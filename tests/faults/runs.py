@@ -13,6 +13,7 @@ from typing import NamedTuple
 from megalemur.config.load import dump_run
 from megalemur.config.run import RunConfig
 from megalemur.optim.schedule import learning_rate
+from megalemur.supervise.process import descendants
 from megalemur.train.loop import advance
 from megalemur.train.saving import save_run
 from megalemur.train.step import train_step
@@ -111,6 +112,23 @@ def steps_logged(directory: Path) -> int:
     """Lines of the run's metrics."""
     metrics = directory / "log/metrics.jsonl"
     return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+
+def process_of(everyone: list[int], rank: int) -> tuple[int, int]:
+    """(the process that computes, its supervisor) of a rank among those of a launcher."""
+    for pid in everyone:
+        if f"RANK={rank}".encode() in _lines(pid, "environ") and any(b"megalemur" in w for w in _lines(pid, "cmdline")):
+            below = descendants(pid)
+            if below:
+                return below[0], pid
+    raise AssertionError(f"no processes of rank {rank}")
+
+
+def _lines(pid: int, what: str) -> list[bytes]:
+    try:
+        return Path(f"/proc/{pid}/{what}").read_bytes().split(b"\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return []
 
 
 def kill_group(process: subprocess.Popen[str]) -> None:

@@ -20,8 +20,18 @@ from tests.faults.campaign import Campaign, Trial
 from tests.faults.damage import damage
 from tests.faults.resume_other_layout import refuse_other_state
 from tests.faults.resume_same_layout import read_losses
-from tests.faults.runs import BIG, LAYOUTS, PATIENCE, finish, kill_group, launch, steps_logged, world, write_run
-from tests.faults.stalls import process_of
+from tests.faults.runs import (
+    BIG,
+    LAYOUTS,
+    PATIENCE,
+    finish,
+    kill_group,
+    launch,
+    process_of,
+    steps_logged,
+    world,
+    write_run,
+)
 from tests.support.injections import environment
 from tests.support.launched import is_running, wait_for
 

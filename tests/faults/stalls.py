@@ -8,7 +8,7 @@ from pathlib import Path
 from megalemur.cli import exit_codes
 from megalemur.supervise.process import descendants
 from tests.faults.campaign import Campaign, Trial
-from tests.faults.runs import BIG, kill_group, launch, write_run
+from tests.faults.runs import BIG, kill_group, launch, process_of, write_run
 from tests.support.launched import Fault, is_running, launched, wait_for
 from tests.support.tiny import tiny_run
 
@@ -51,28 +51,13 @@ def _launched(trial: Trial) -> str:
     return "launched: stopped"
 
 
-def process_of(everyone: list[int], rank: int) -> tuple[int, int]:
-    """(the process that computes, its supervisor) of a rank among those of a launcher."""
-    for pid in everyone:
-        if f"RANK={rank}".encode() in _lines(pid, "environ") and any(b"megalemur" in w for w in _lines(pid, "cmdline")):
-            below = descendants(pid)
-            if below:
-                return below[0], pid
-    raise AssertionError(f"no processes of rank {rank}")
-
-
-def _lines(pid: int, what: str) -> list[bytes]:
-    try:
-        return Path(f"/proc/{pid}/{what}").read_bytes().split(b"\0")
-    except (FileNotFoundError, ProcessLookupError):
-        return []
-
-
 def _forked(trial: Trial) -> str:
     chance = trial.chance
     ranks = chance.choice([1, 2, 2, 3])
     rank, step = chance.randrange(ranks), chance.randrange(5, 30)
-    action, place = chance.choice(["stop", "spin", "read"]), chance.choice(list(_PLACES))
+    action, place = chance.choice(["stop", "stop in a save", "spin", "read"]), chance.choice(list(_PLACES))
+    if action == "stop in a save":
+        return _stopped_in_a_save(trial, ranks, rank)
     os.mkfifo(trial.directory / "fifo")  # nobody writes it
     act = {"spin": "spin", "read": f"read {trial.directory}/fifo"}.get(action)
     faults = [Fault(rank, _PLACES[place], step, act)] if act else []
@@ -93,9 +78,29 @@ def _forked(trial: Trial) -> str:
     return "stopped" if action == "stop" else f"{'loops' if action == 'spin' else 'blocks'} in {place}"
 
 
+def _stopped_in_a_save(trial: Trial, ranks: int, rank: int) -> str:
+    """A save that takes a minute is slow; one whose process is stopped is none."""
+    settings = (f"parallel.data={ranks}", "data.global_batch_size=12", f"watchdog.timeout={_TIMEOUT}")
+    save = ("checkpoint.save_every=5", "checkpoint.asynchronous=false")
+    slow = Fault(rank, "megalemur.checkpoint.saver:write_checkpoint", 1, "sleep 60")
+    with launched(tiny_run(trial.directory, *settings, *_RUN, *save, num_layers=2), slow) as run:
+        run.wait_for_step(5)
+        time.sleep(trial.chance.uniform(0.5, 2 * _TIMEOUT))
+        os.kill(run.worker(rank), signal.SIGSTOP)
+        began = time.monotonic()
+        codes = run.codes()
+        took = time.monotonic() - began
+        assert codes == [exit_codes.HANG] * ranks and took < _TIMEOUT + 5, (codes, took, run.output())
+        assert wait_for(run.living, lambda living: not living, seconds=5) == []
+        named = [line for line in run.output().splitlines() if line.startswith("  rank ")]
+        assert named and all(line.startswith(f"  rank {rank} (") for line in named), (named, rank)
+    return "stopped in a save"
+
+
 CAMPAIGN = Campaign(
     target=200,
-    what="a rank that is stopped, loops or blocks at a random step and place, 1 to 3 ranks, behind 4 to 28 clean steps",
+    what="a rank that is stopped, loops or blocks at a random step and place, or is stopped in a save; "
+    "1 to 3 ranks, behind 4 to 28 clean steps",
     passes=f"code {exit_codes.HANG} within watchdog.timeout + 5 s, that rank alone is named, nothing is left running",
     prepare=lambda directory: directory,
     trial=trial,

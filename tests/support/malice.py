@@ -28,6 +28,11 @@ def pickle_of(canary: Path) -> bytes:
     return pickle.dumps(_Payload(canary))
 
 
+def run_pickle(data: bytes) -> None:
+    """Open a pickle as Python does, to show that it does what it is made for."""
+    pickle.loads(data)
+
+
 def torch_file_of(canary: Path) -> bytes:
     """The same as torch.save writes it: a zip with a pickle inside."""
     data = io.BytesIO()

@@ -188,13 +188,14 @@ class Hub:
         """Whether a rank is overdue and no other explains it.
 
         Ranks that are done with a slow section wait in their next step for one that is still in it: a rank in a slow
-        section excuses those that have taken as many steps or more.
+        section excuses those that have taken as many steps or more. Nothing excuses one that is overdue in a slow
+        section itself: it had all the time that such a section may take, or its process is stopped.
         """
         running = [member for member in self.members if member.runs]
         if any(self._is_silent(member, now) for member in running):
             return True
         slow = [member.steps for member in running if member.section.is_slow and not member.overdue]
-        return any(m.overdue and not any(steps <= m.steps for steps in slow) for m in running)
+        return any(m.overdue and (m.section.is_slow or not any(steps <= m.steps for steps in slow)) for m in running)
 
     def _is_silent(self, member: Member, now: float) -> bool:
         return member.heard is not None and now - member.heard > self.terms.silence_seconds

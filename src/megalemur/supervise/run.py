@@ -78,6 +78,8 @@ class Supervisor:
         self._host = socket.gethostname()
         self._reported = 0.0
         self._was_overdue = False
+        self._halted_at: float | None = None
+        """Since when the rank's process has been stopped, as far as was seen."""
         self._pauses = Pauses()
         self._forgiven: tuple[Section, int, float] = (Section.SETUP, 0, 0.0)
         self._requests = 0
@@ -132,13 +134,23 @@ class Supervisor:
             self._tell("ended", code=code)
             return
         self._forgive(self._pauses.found())
+        self._note_halt()
         now, overdue = time.monotonic(), self._is_overdue()
         if overdue != self._was_overdue or now - self._reported >= _STATUS_SECONDS:
             self._reported, self._was_overdue = now, overdue
             self._tell("status")
 
+    def _note_halt(self) -> None:
+        """A process that somebody stopped makes no progress, whatever the section: no save is that slow."""
+        if not is_stopped(state_of(self._rank.child.pid)):
+            self._halted_at = None
+        elif self._halted_at is None:
+            self._halted_at = time.monotonic()
+
     def _forgive(self, seconds: float) -> None:
         """Time that nobody had does not count against the section and step that it fell into."""
+        if self._halted_at is not None:
+            self._halted_at += seconds
         section, steps, _ = self._rank.pulse.read()
         before = self._forgiven[2] if self._forgiven[:2] == (section, steps) else 0.0
         self._forgiven = section, steps, before + seconds
@@ -147,7 +159,8 @@ class Supervisor:
         watchdog, beat = self._config.watchdog, self._rank.pulse.read()
         limit = watchdog.slow_timeout if beat.section.is_slow else self._config.watchdog_timeout
         forgiven = self._forgiven[2] if self._forgiven[:2] == beat[:2] else 0.0
-        return watchdog.enabled and beat.age - forgiven > limit
+        halted = time.monotonic() - self._halted_at if self._halted_at is not None else 0.0
+        return watchdog.enabled and (beat.age - forgiven > limit or halted > self._config.watchdog_timeout)
 
     def _tell(self, kind: str, **more: object) -> None:
         beat = self._rank.pulse.read()

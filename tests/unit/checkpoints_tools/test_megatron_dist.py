@@ -3,6 +3,7 @@
 import io
 import itertools
 import shutil
+import zipfile
 
 import pytest
 import torch
@@ -122,6 +123,19 @@ def test_rows_of_the_vocabulary_behind_the_last_token_are_zero(tmp_path):
     assert not embedding[250:].any()
 
 
+def test_every_archive_is_a_whole_zip_file_with_its_crcs(tmp_path):
+    release = to_megatron(small(tmp_path / "hf"), tmp_path / "megatron", tensor=2) / "release"
+    metadata = read_dcp_metadata(release / ".metadata")
+    places = {(chunk.file, chunk.first, chunk.length) for t in metadata.tensors.values() for chunk in t.chunks}
+    places |= set(metadata.objects.values())
+    assert len(places) == 2 * 7 + 3 + 1  # fc1 is two archives, the extra states are one for all
+    for file, first, length in places:
+        data = (release / file).read_bytes()[first : first + length]
+        assert zipfile.ZipFile(io.BytesIO(data)).testzip() is None
+    covered = sorted(places)
+    assert all(a[1] + a[2] == b[1] for a, b in itertools.pairwise(covered) if a[0] == b[0])
+
+
 def global_tensors(weights, *, groups, layers=2):
     """megatron-core's tensors as its layers define them, layers stacked."""
     found = {
@@ -207,7 +221,7 @@ def test_a_file_that_was_cut_short_is_named(copy):
     [
         (with_chunk(1, first=10**12), "__0_2.distcp"),
         (with_chunk(1, length=10**12), "__0_2.distcp"),
-        (with_chunk(1, first=-1), "no range of bytes"),
+        (with_chunk(1, first=-1), r"\.metadata: .*__0_2\.distcp"),
         (with_chunk(1, file="../__0_2.distcp"), "no file of this directory"),
         (with_chunk(1, file="/etc/passwd"), "no file of this directory"),
         (with_chunk(1, offsets=(0, 0, 0)), r"layers.0.mlp.down_proj.*overlap"),
