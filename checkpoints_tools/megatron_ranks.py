@@ -97,11 +97,11 @@ def read_ranks(directory: Path) -> dict[Place, RankFile]:
         folders[place] = folder
     tensor, stages = (max(numbers) + 1 for numbers in zip(*folders, strict=True))
     with_stages = any(folder.name.count("_") > 2 for folder in folders.values())
-    places = list(product(range(tensor), range(stages)))
-    for place in places:
+    # the first gap is near, however high the numbers of the folders are
+    for place in product(range(tensor), range(stages)):
         if place not in folders or not (folders[place] / RANK_FILE).is_file():
             raise ConversionError(f"{directory / rank_file(place, with_stages=with_stages)} is missing")
-    return {place: _read_rank(folders[place] / RANK_FILE) for place in places}
+    return {place: _read_rank(folder / RANK_FILE) for place, folder in sorted(folders.items())}
 
 
 def _read_rank(path: Path) -> RankFile:

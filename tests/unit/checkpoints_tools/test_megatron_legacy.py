@@ -10,6 +10,7 @@ from safetensors.torch import load_file as load_safetensors
 from typer.testing import CliRunner
 
 from checkpoints_tools import convert as command
+from checkpoints_tools import megatron_legacy_write
 from checkpoints_tools.changes import Cast
 from checkpoints_tools.conversion import Request, convert
 from checkpoints_tools.errors import ConversionError
@@ -139,6 +140,24 @@ def test_the_number_of_workers_changes_no_byte(tmp_path, hf, written, workers):
         assert file.read_bytes() == (tmp_path / "b" / file.relative_to(written)).read_bytes(), file
 
 
+def test_a_conversion_that_ended_at_its_end_is_gone_on_with(tmp_path, hf, written, monkeypatch):
+    source, wrote = open_any(hf), []
+
+    def write_one(path, frames):
+        if wrote:
+            raise OSError("no more")
+        wrote.append(path)
+
+    options = Options(pad_vocab_to=8, tensor=2, pipeline=2)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no more"):
+        patch.setattr(megatron_legacy_write, "write_frames", write_one)
+        convert(source, source, Request(tmp_path / "b", "megatron-legacy", options))
+    assert not (tmp_path / "b").exists()
+    convert(source, source, Request(tmp_path / "b", "megatron-legacy", options, resume=True))
+    for file in written.rglob("*.pt"):
+        assert file.read_bytes() == (tmp_path / "b" / file.relative_to(written)).read_bytes(), file
+
+
 def test_the_command_takes_the_layout(tmp_path, hf):
     arguments = [hf, tmp_path / "out", "--to", "megatron-legacy", "--tensor", 2, "--pipeline", 4, "--pad-vocab-to", 16]
     done = CliRunner().invoke(command.app, [str(argument) for argument in arguments])
@@ -264,6 +283,7 @@ WRONG = {
     "a rank is missing": (remove(1, 0), "mp_rank_01_000/model_optim_rng.pt is missing"),
     "the last rank is missing": (lambda f: [remove(1, s)(f) for s in (0, 1)], "tensor_model_parallel_size is 2"),
     "the last stage is missing": (lambda f: [remove(t, 1)(f) for t in (0, 1)], "pipeline_model_parallel_size is 2"),
+    "a number far off": (lambda f: (f / "mp_rank_99999_99999").mkdir(), "mp_rank_00_002/model_optim_rng.pt is missing"),
     "a folder is empty": (lambda f: file_of(f, 0, 1).unlink(), "mp_rank_00_001/model_optim_rng.pt is missing"),
     "a folder of experts": (lambda f: (f / "mp_rank_00_000_001").mkdir(), "experts have a third"),
     "a shape": (damage(set_state(QKV, torch.zeros(60, 64))), r"mp_rank_01_001.*linear_qkv.*\[60, 64\].*\[64, 64\]"),
