@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoints_tools import hf, native
+from checkpoints_tools import hf, hf_bin, meta, native
 from checkpoints_tools.errors import ConversionError
 from checkpoints_tools.layout import Layout, Options
 from checkpoints_tools.opened import Opened, Weights
@@ -29,6 +29,10 @@ FORMATS: Mapping[str, Format] = {
     hf.NAME: Format(
         "a Hugging Face directory with safetensors", hf.recognises, lambda path, _: hf.open_hf(path), hf.lay_out
     ),
+    hf_bin.NAME: Format(
+        "a Hugging Face directory with pytorch_model.bin", hf_bin.recognises, lambda path, _: hf_bin.open_hf_bin(path)
+    ),
+    meta.NAME: Format("a release of Meta's", meta.recognises, meta.open_meta),
 }
 """Name to format, in the order in which a directory is tried: one of ours is a Hugging Face directory besides."""
 
