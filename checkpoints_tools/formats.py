@@ -4,7 +4,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoints_tools import hf, megatron_dist, megatron_legacy, megatron_legacy_write, megatron_write, native
+from checkpoints_tools import (
+    hf,
+    hf_bin,
+    megatron_dist,
+    megatron_legacy,
+    megatron_legacy_write,
+    megatron_write,
+    meta,
+    native,
+)
 from checkpoints_tools.errors import ConversionError
 from checkpoints_tools.layout import Layout, Options
 from checkpoints_tools.opened import Opened, Weights
@@ -41,6 +50,10 @@ FORMATS: Mapping[str, Format] = {
         megatron_legacy.open_megatron_legacy,
         megatron_legacy_write.lay_out,
     ),
+    hf_bin.NAME: Format(
+        "a Hugging Face directory with pytorch_model.bin", hf_bin.recognises, lambda path, _: hf_bin.open_hf_bin(path)
+    ),
+    meta.NAME: Format("a release of Meta's", meta.recognises, meta.open_meta),
 }
 """Name to format, in the order in which a directory is tried: one of ours is a Hugging Face directory besides."""
 

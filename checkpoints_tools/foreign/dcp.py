@@ -101,7 +101,7 @@ def _places(storage: Mapping[Any, Any]) -> _Places:
             shown = repr(file[:200]) if isinstance(file, str) else f"a {type(file).__name__}"
             raise PickleError(f"{shown} is no file of this directory")
         if not are_counts([first, length]):
-            raise PickleError(f"{file}: an offset or length is no number from 0 up")
+            raise PickleError(f"{file}: its offset and length are no range of bytes")
         if info.get("transform_descriptors"):
             raise PickleError(f"{file}: what it holds is compressed or changed in another way")
         key = _text(index.get("fqn")), None if offset is None else _numbers(offset)
