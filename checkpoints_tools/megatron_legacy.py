@@ -240,7 +240,11 @@ class _Grid:
         return {name: value for name, value in told.items() if isinstance(value, (int, float)) and value is not True}
 
     def notes(self, model: ModelConfig) -> Iterator[str]:
-        """What was passed over, and copies that differ."""
+        """What was passed over, and copies that differ.
+
+        Raises:
+            ConversionError: a tied head is another matrix than the embedding.
+        """
         others = dict.fromkeys(name for rank in self.ranks.values() for name in rank.others)
         if others:
             yield f"only the weights are read, and not {', '.join(others)}"

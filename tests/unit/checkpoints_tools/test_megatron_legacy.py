@@ -1,9 +1,13 @@
 """Rank files of Megatron-LM without megatron-core: what is written is read, what is wrong is named."""
 
+import io
 import itertools
+import random
 import shutil
+import signal
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file as load_safetensors
@@ -216,13 +220,41 @@ def test_what_is_no_weight_is_passed_over_and_said(tmp_path, model, tensors):
     folder = save_ranks(tmp_path / "a", tensors, model, STAGES["one"], args=arguments_of(model, 256))
 
     def add(tree):
-        tree["optimizer"] = {"state": {0: torch.zeros(3)}}
+        tree["optimizer"] = {"optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-4}]}}
+        tree["opt_param_scheduler"] = {"max_lr": 1e-4, "num_steps": 10}
+        tree["rng_state"] = [
+            {
+                "random_rng_state": random.getstate(),
+                "np_rng_state": np.random.RandomState(0).get_state(),
+                "torch_rng_state": torch.get_rng_state(),
+                "rng_tracker_states": {},
+            }
+        ]
+        tree["args"].params_dtype, tree["args"].exit_signal = torch.bfloat16, signal.SIGTERM
         tree["model"]["decoder.layers.0.mlp.linear_fc1._extra_state"] = torch.zeros(4, dtype=torch.uint8)
+        tree["model"]["decoder.layers.0.mlp.linear_fc2._extra_state"] = io.BytesIO(b"scales")
         tree["model"]["rotary_pos_emb.inv_freq"] = torch.zeros(4)
 
     edit_rank(file_of(folder / "iter_0000010", 0), add)
     opened = open_any(folder)
-    assert same_tensors(read_all(opened), tensors) and "optimizer" in "; ".join(opened.notes)
+    assert same_tensors(read_all(opened), tensors)
+    said = "; ".join(opened.notes)
+    assert "optimizer, opt_param_scheduler, rng_state" in said and "BytesIO" in said and "differ" not in said
+
+
+def test_the_old_files_copy_of_a_tied_embedding_is_known(tmp_path):
+    model = tiny_model(num_layers=2, tie_embeddings=True)
+    tensors = random_tensors(model)
+
+    def tied(state):
+        found = in_old_style(state)
+        if "output_layer" in found["language_model"]:
+            found["word_embeddings_for_head"] = found["language_model"].pop("output_layer")
+        return found
+
+    args = {**arguments_of(model, 256), "pipeline_model_parallel_size": 2}
+    opened = open_any(save_ranks(tmp_path / "a", tensors, model, [[[0]], [[1]]], args=args, style=tied))
+    assert opened.model.tie_embeddings and same_tensors(read_all(opened), tensors)
 
 
 def test_without_args_the_model_must_be_given(tmp_path, model, tensors):
