@@ -6,7 +6,7 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet --quiet
 STAMP := $(VENV)/.installed
 TRANSFORMERS4 := $(VENV)/transformers4
 
-.PHONY: help setup quickstart test test-gpu check bench-train bench-data bench-checkpoint bench-gpu faults fuzz clean
+.PHONY: help setup quickstart test test-gpu check bench-train bench-data bench-checkpoint bench-convert bench-gpu faults fuzz clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -48,6 +48,9 @@ bench-data: setup  ## the preprocessor beside a pool, its engine and cp; its mem
 bench-checkpoint: setup  ## saves with digests, in the background and beside cp, on 1, 2 and 4 ranks
 	$(BIN)/python -W ignore benchmarks/checkpoint.py hashes
 	$(BIN)/python -W ignore benchmarks/checkpoint.py
+
+bench-convert: setup  ## conversions beside cp, and their memory, at the width of Llama-2-70B
+	$(BIN)/python -W ignore benchmarks/convert.py
 
 bench-gpu: setup  ## the same on a GPU, at the width of Llama-2-70B
 	$(BIN)/python -W ignore benchmarks/train_step.py --width 70b

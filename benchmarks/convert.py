@@ -83,14 +83,42 @@ def write_source(directory: Path, config: ModelConfig) -> int:
         with TensorFileWriter(directory / file, specs) as writer:
             for name, spec in specs.items():
                 block = torch.randn(1 << 20, generator=generator).bfloat16()
-                count = torch.Size(spec.shape).numel()
-                writer.write(name, block.repeat(-(-count // len(block)))[:count].view(spec.shape).contiguous())
+                writer.write(name, _filled(block, spec.shape))
                 weight_map[name] = file
                 names.append(name)
             writer.finish()
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     (directory / "config.json").write_bytes(hf_config_json(config, dtype="bfloat16"))
     return sum(file.stat().st_size for file in directory.iterdir())
+
+
+def write_release(directory: Path, config: ModelConfig, parts: int = 8) -> None:
+    """The same model as Meta releases it: every matrix cut for as many tensor-parallel ranks."""
+    directory.mkdir(parents=True)
+    h, f, v = config.hidden_size, config.ffn_hidden_size // parts, config.vocab_size
+    kv = config.num_query_groups * config.head_dim // parts
+    shapes = {"tok_embeddings.weight": (v, h // parts), "norm.weight": (h,), "output.weight": (v // parts, h)}
+    for layer in range(config.num_layers):
+        at = f"layers.{layer}."
+        shapes |= {
+            f"{at}attention.{name}.weight": (rows, h) for name, rows in (("wq", h // parts), ("wk", kv), ("wv", kv))
+        }
+        shapes |= {f"{at}attention.wo.weight": (h, h // parts), f"{at}feed_forward.w2.weight": (h, f)}
+        shapes |= {f"{at}feed_forward.{name}.weight": (f, h) for name in ("w1", "w3")}
+        shapes |= {f"{at}{name}.weight": (h,) for name in ("attention_norm", "ffn_norm")}
+    for part in range(parts):
+        generator = torch.Generator().manual_seed(part)
+        block = torch.randn(1 << 20, generator=generator).bfloat16()
+        tensors = {name: _filled(block, shape) for name, shape in shapes.items()}
+        torch.save(tensors, directory / f"consolidated.{part:02d}.pth")
+    params = {"dim": h, "n_layers": config.num_layers, "n_heads": config.num_attention_heads, "vocab_size": -1}
+    params |= {"n_kv_heads": config.num_query_groups, "multiple_of": 4096, "ffn_dim_multiplier": 1.3, "norm_eps": 1e-5}
+    (directory / "params.json").write_text(json.dumps(params))
+
+
+def _filled(block: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    count = torch.Size(shape).numel()
+    return block.repeat(-(-count // len(block)))[:count].view(shape).contiguous()
 
 
 def run(*command: str) -> Took:
@@ -209,12 +237,25 @@ def verify_beside(source: Path, scratch: Path, rounds: int) -> None:
     console.print(table)
 
 
-def directions(scratch: Path, rounds: int) -> dict[str, Callable[[], None]]:
+def directions(scratch: Path, config: ModelConfig, rounds: int) -> dict[str, Callable[[], None]]:
     """Every comparison by name."""
-    source = scratch / "hf"
+    source, release, megatron = scratch / "hf", scratch / "meta", scratch / "megatron"
+
+    def out_of_megatron() -> None:
+        run(sys.executable, str(CONVERT), str(source), str(megatron), "--to", "megatron")
+        pairs("megatron to hf", megatron, scratch, rounds, ["--to", "hf"])
+        shutil.rmtree(megatron)
+
+    def out_of_meta() -> None:
+        write_release(release, config)
+        pairs("Meta's release (8 parts) to hf", release, scratch, rounds, ["--to", "hf"])
+        shutil.rmtree(release)
+
     return {
         "hf-megalemur": lambda: pairs("hf to megalemur", source, scratch, rounds, ["--to", "megalemur"]),
-        "hf-hf": lambda: pairs("hf to hf", source, scratch, rounds, ["--to", "hf"]),
+        "hf-megatron": lambda: pairs("hf to megatron", source, scratch, rounds, ["--to", "megatron"]),
+        "megatron-hf": out_of_megatron,
+        "meta-hf": out_of_meta,
         "verify": lambda: verify_beside(source, scratch, rounds),
         "transformers": lambda: transformers_beside(source, scratch),
     }
@@ -231,8 +272,9 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="megalemur-convert-", dir=args.directory) as folder:
         scratch = Path(folder)
-        write_source(scratch / "hf", model(args.layers, args.vocab_size))
-        all_of_them = directions(scratch, args.rounds)
+        config = model(args.layers, args.vocab_size)
+        write_source(scratch / "hf", config)
+        all_of_them = directions(scratch, config, args.rounds)
         for name in args.only.split(",") if args.only else all_of_them:
             all_of_them[name]()
 

@@ -35,6 +35,10 @@ def command(  # noqa: PLR0913 - typer reads the options from the parameters
     ] = None,
     dtype: Annotated[DtypeChoice | None, typer.Option(help="Of the result; the checkpoints' if not given.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file: 5GB, 500MB …")] = "5GB",
+    hf_config: Annotated[
+        Path | None,
+        typer.Option(help="Folder with the config.json of a checkpoint without its settings.", show_default=False),
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Threads; the result does not depend on it.")] = (
         len(os.sched_getaffinity(0))
     ),
@@ -50,11 +54,11 @@ def command(  # noqa: PLR0913 - typer reads the options from the parameters
 
         from checkpoints_tools.average import Average
         from checkpoints_tools.conversion import Request, fingerprint
-        from checkpoints_tools.formats import open_any
+        from checkpoints_tools.formats import model_in, open_any
         from checkpoints_tools.layout import Options
         from checkpoints_tools.sizes import parse_size
 
-        checkpoints = [open_any(path) for path in sources]
+        checkpoints = [open_any(path, model=model_in(hf_config)) for path in sources]
         average = Average(checkpoints, None if weights is None else _shares(weights), _dtype(dtype))
         parts = [
             {"path": str(one.path.absolute()), "format": one.format, "share": share, "files": fingerprint(one)}

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
     from checkpoints_tools.conversion import Outcome, Request
     from checkpoints_tools.opened import Opened, Weights
-    from megalemur.config.model import ModelConfig
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -74,13 +73,13 @@ def command(  # noqa: PLR0913 - typer reads the options from the parameters
         from rich.console import Console
 
         from checkpoints_tools.conversion import Request
-        from checkpoints_tools.formats import open_any
+        from checkpoints_tools.formats import model_in, open_any
         from checkpoints_tools.layout import Options
         from checkpoints_tools.sizes import parse_size
         from checkpoints_tools.vocabulary import Wish, change
 
         console = Console()
-        opened = open_any(source, model=_described(hf_config))
+        opened = open_any(source, model=model_in(hf_config))
         wish = Wish(vocab_size, add_tokens, fill, tokenizer)
         weights, carried, changes = change(opened, opened, wish)
         weights, changes = _cast(weights, dtype, changes)
@@ -99,18 +98,6 @@ def command(  # noqa: PLR0913 - typer reads the options from the parameters
             show(console, weights, carried, request)
             return
         _convert(console, weights, carried, request)
-
-
-def _described(folder: Path | None) -> "ModelConfig | None":
-    if folder is None:
-        return None
-    from checkpoints_tools.errors import RequestError
-    from megalemur.model.hf_config import read_hf_config
-
-    try:
-        return read_hf_config(folder).model
-    except ValueError as error:
-        raise RequestError(f"--hf-config: {error}") from None
 
 
 def _cast(

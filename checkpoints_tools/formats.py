@@ -14,10 +14,11 @@ from checkpoints_tools import (
     meta,
     native,
 )
-from checkpoints_tools.errors import ConversionError
+from checkpoints_tools.errors import ConversionError, RequestError
 from checkpoints_tools.layout import Layout, Options
 from checkpoints_tools.opened import Opened, Weights
 from megalemur.config.model import ModelConfig
+from megalemur.model.hf_config import read_hf_config
 
 
 @dataclass(frozen=True)
@@ -82,3 +83,17 @@ def open_any(path: Path, *, name: str | None = None, model: ModelConfig | None =
         known = "".join(f"\n  - {name}: {format_.what}" for name, format_ in FORMATS.items())
         raise ConversionError(f"{path} holds no checkpoint in a known format:{known}")
     return FORMATS[name].open(path, model)
+
+
+def model_in(folder: Path | None) -> ModelConfig | None:
+    """The model of a config.json that somebody names for a checkpoint without one; None where nobody does.
+
+    Raises:
+        RequestError: there is none, or it is no Llama.
+    """
+    if folder is None:
+        return None
+    try:
+        return read_hf_config(folder).model
+    except ValueError as error:
+        raise RequestError(f"--hf-config: {error}") from None

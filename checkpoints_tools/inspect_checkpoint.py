@@ -35,6 +35,10 @@ def command(
     ] = None,
     show_all: Annotated[bool, typer.Option("--all", help="Show every layer, and every tensor that differs.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
+    hf_config: Annotated[
+        Path | None,
+        typer.Option(help="Folder with the config.json of a checkpoint without its settings.", show_default=False),
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Threads that read.")] = len(os.sched_getaffinity(0)),
 ) -> None:
     """Show what a checkpoint holds; without --statistics and --against, no tensor is read.
@@ -45,11 +49,13 @@ def command(
         import torch
         from rich.console import Console
 
-        from checkpoints_tools.formats import open_any
+        from checkpoints_tools.formats import model_in, open_any
         from checkpoints_tools.progress import Stages
 
         torch.set_num_threads(1)  # the workers are the threads
-        opened, other = open_any(checkpoint), None if against is None else open_any(against)
+        model = model_in(hf_config)
+        opened = open_any(checkpoint, model=model)
+        other = None if against is None else open_any(against, model=model)
         with Stages(Console(stderr=True)) as stages:
             numbers = _statistics(opened, workers, stages) if statistics else None
             comparison = None if other is None else _compare(opened, other, workers, stages)

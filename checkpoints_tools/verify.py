@@ -38,6 +38,10 @@ def command(  # noqa: PLR0913 - typer reads the options from the parameters
     max_kl: Annotated[
         float | None, typer.Option(min=0, help="Bound of --logits: largest KL divergence of a token, in nats.")
     ] = None,
+    hf_config: Annotated[
+        Path | None,
+        typer.Option(help="Folder with the config.json of a checkpoint without its settings.", show_default=False),
+    ] = None,
     show_all: Annotated[bool, typer.Option("--all", help="Show every tensor that differs.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="Threads that read and compare.")] = (
         len(os.sched_getaffinity(0))
@@ -53,12 +57,13 @@ def command(  # noqa: PLR0913 - typer reads the options from the parameters
         from rich.console import Console
 
         from checkpoints_tools.errors import RequestError
-        from checkpoints_tools.formats import open_any
+        from checkpoints_tools.formats import model_in, open_any
 
         bounds = (max_difference, max_kl)
         if not logits and (prompts is not None or bounds != (None, None)):
             raise RequestError("--prompts, --max-difference and --max-kl are about logits; add --logits")
-        console, checkpoints = Console(), (open_any(a), open_any(b))
+        console, model = Console(), model_in(hf_config)
+        checkpoints = (open_any(a, model=model), open_any(b, model=model))
         same = _tensors(console, checkpoints, tolerance, workers, show_all=show_all)
         if logits:
             same = _logits(console, checkpoints, prompts, max_tokens, bounds) and same

@@ -16,13 +16,14 @@ from checkpoints_tools.conversion import Request, convert
 from checkpoints_tools.errors import ConversionError
 from checkpoints_tools.formats import open_any
 from checkpoints_tools.layout import Options
+from megalemur.checkpoint import disk
 from tests.faults.campaign import Campaign, Trial
 from tests.faults.runs import BIG, ROOT
 from tests.support.ranks import run_ranks
 from tests.support.tiny import write_llama
-from tests.unit.checkpoint.small import in_a_child, kill_at_effect
+from tests.unit.checkpoint.small import EFFECTS, in_a_child, kill_at_effect
 
-FORMATS = ("megalemur", "hf")
+FORMATS = ("megalemur", "hf", "megatron", "megatron-legacy")
 _SHARDS = Options(max_shard_bytes=40_000)
 
 
@@ -30,41 +31,35 @@ class Shared(NamedTuple):
     """A small model and a large one."""
 
     directory: Path
-    writes: dict[str, int]
-    """Format to writes and effects of an undisturbed conversion of the small one."""
+    counts: dict[str, tuple[int, int]]
+    """Format to effects on the disk and writes of rows of an undisturbed conversion of the small one."""
 
 
 def prepare(directory: Path) -> Shared:
     """The sources, and undisturbed conversions of the small one."""
     write_llama(directory / "small", dtype=torch.bfloat16, num_layers=3)
-    writes = {}
+    counts = {}
     for name in FORMATS:
-        (writes[name],) = run_ranks(1, counted, directory / "small", directory / f"whole-{name}", name)
-    return Shared(directory, writes)
+        (counts[name],) = run_ranks(1, counted, directory / "small", directory / f"whole-{name}", name)
+    return Shared(directory, counts)
 
 
-def counted(source: Path, destination: Path, name: str) -> int:
-    """Convert; how often something was written."""
-    count = 0
-
-    def note(*_: Any) -> None:
-        nonlocal count
-        count += 1
-
-    from megalemur.checkpoint import disk
-
-    _wrap(mover, "_write_at", note)
-    for effect in ("create", "write", "sync", "close", "sync_directory", "rename", "make_directory"):
-        _wrap(disk, effect, note)
+def counted(source: Path, destination: Path, name: str) -> tuple[int, int]:
+    """Convert; how many effects on the disk there were, and writes of rows."""
+    effects: list[None] = []
+    writes: list[None] = []
+    for effect in EFFECTS:
+        _wrap(disk, effect, effects)
+    _wrap(mover, "_write_at", writes)
     small(source, destination, name, resume=False)
-    return count
+    return len(effects), len(writes)
 
 
-def _wrap(module: Any, name: str, before: Any) -> None:
+def _wrap(module: Any, name: str, calls: list[None]) -> None:
     original = getattr(module, name)
 
     def wrapped(*arguments: Any) -> Any:
-        before()
+        calls.append(None)
         return original(*arguments)
 
     setattr(module, name, wrapped)
@@ -122,7 +117,7 @@ def _forked(shared: Shared, trial: Trial) -> str:
     kills = 0
     for _ in range(chance.randint(1, 3)):
         by_write = chance.random() < 0.5
-        number = chance.randint(1, shared.writes[name])
+        number = chance.randint(1, shared.counts[name][by_write])
         where = (0, number, chance.random() < 0.5) if by_write else (number, 0, False)
         (code,) = run_ranks(1, killed, shared.directory / "small", destination, name, *where)
         refuse_half(destination, ended=code == 0)

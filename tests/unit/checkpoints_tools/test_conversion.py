@@ -17,6 +17,7 @@ from checkpoints_tools.formats import open_any
 from checkpoints_tools.layout import Options
 from checkpoints_tools.mover import digest_of
 from checkpoints_tools.regions import Key
+from checkpoints_tools.vocabulary import Wish, change
 from megalemur.checkpoint.directory import verify_checkpoint
 from megalemur.checkpoint.errors import DamagedCheckpoint
 from tests.support.tiny import write_llama
@@ -215,7 +216,7 @@ def test_the_mistakes_of_converters_are_caught_by_the_digests(tmp_path, kind):
         compare(expected, other, 2, lambda count: None)
 
 
-def test_thirty_random_models(tmp_path):
+def test_thirty_random_models_through_every_format(tmp_path):
     chance = random.Random(0)
     for number in range(30):
         heads = chance.choice([2, 4, 8])
@@ -232,8 +233,12 @@ def test_thirty_random_models(tmp_path):
         root = tmp_path / str(number)
         write_llama(root / "a", dtype=dtype, seed=number, **shape)
         source = open_any(root / "a")
-        limit = Options(max_shard_bytes=chance.choice([3_000, 30_000, 10**9]))
-        convert(source, source, Request(root / "b", "megalemur", limit))
-        between = open_any(root / "b")
-        convert(between, between, Request(root / "c", "hf", limit))
+        between = ("megalemur", "megatron", "megatron-legacy")[number % 3]
+        tensor = chance.choice([1, 2]) if between == "megatron-legacy" else 1
+        limit = Options(max_shard_bytes=chance.choice([3_000, 30_000, 10**9]), tensor=tensor)
+        convert(source, source, Request(root / "b", between, limit))
+        other = open_any(root / "b")
+        assert other.format == between
+        weights, carried, done = change(other, other, Wish(vocab_size=source.model.vocab_size))
+        convert(weights, carried, Request(root / "c", "hf", changes=done))
         assert_equal_weights(root / "a", root / "c")
