@@ -1,6 +1,7 @@
 """What the replica check costs beside a training step, on replicas that share this machine (CPU, gloo).
 
     python benchmarks/replica_check.py              # 2 replicas; masters and moments compared too, the dearest case
+    python benchmarks/replica_check.py --norms      # what is looked at in every step: norms, 2 tensor-parallel ranks
     python benchmarks/replica_check.py --digest     # bytes a second of the digest alone, on the GPU where there is one
 
 Steps and comparisons are taken in turns; the cost at every k-th step is the median comparison over k median steps.
@@ -22,7 +23,7 @@ from megalemur.config.load import parse_run
 from megalemur.config.run import RunConfig
 from megalemur.data.writer import IndexedWriter
 from megalemur.parallel.groups import join, leave
-from megalemur.train.replicas import Digester, ReplicaCheck, circles_of
+from megalemur.train.replicas import Digester, ReplicaCheck, circles_of, norms_of
 from megalemur.train.setup import build_run
 from megalemur.train.step import train_step
 
@@ -84,6 +85,33 @@ def measure(rank: int, config: RunConfig, port: int, rounds: int, every: int) ->
     leave()
 
 
+def measure_norms(rank: int, config: RunConfig, port: int, rounds: int, _: int) -> None:
+    """One tensor-parallel rank; the first one prints what looking at the norms costs in every step."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    run = build_run(config, join(config.parallel, timeout_seconds=600))
+    norms = norms_of(config, run.engine.chunks)
+    check = ReplicaCheck(run.place, lambda: (), norms, every=1 << 30, steps_taken=0)
+    steps, looks = [], []
+    for number in range(rounds + 3):
+        batches = run.data.training.micro_batches(number * config.data.global_batch_size, run.portion)
+        begun = time.perf_counter()
+        train_step(run.engine, batches, 1e-5)
+        between = time.perf_counter()
+        assert check.when_due() == []
+        steps.append(between - begun)
+        looks.append(time.perf_counter() - between)
+    if rank == 0:
+        step, looked = statistics.median(steps[3:]), statistics.median(looks[3:])
+        count = sum(norm.numel() for norm in norms)
+        print(
+            f"norms over 2 tensor-parallel ranks, {count:,} numbers: step {step * 1e3:.0f} ms, looking "
+            f"{looked * 1e3:.2f} ms, {looked / step:.3%} of every step, {rounds} rounds"
+        )
+    leave()
+
+
 def digest_rate() -> None:
     """Bytes a second of the digest, bf16 and fp32 words."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -105,17 +133,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--every", type=int, default=100, help="k: steps between comparisons")
     parser.add_argument("--digest", action="store_true")
+    parser.add_argument("--norms", action="store_true")
     args = parser.parse_args()
     if args.digest:
         digest_rate()
         return
-    for distributed in (False, True):
+    work = measure_norms if args.norms else measure
+    for distributed in (True,) if args.norms else (False, True):
         with tempfile.TemporaryDirectory() as scratch, socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
             probe.close()
             config = run_config(Path(scratch), args.replicas, distributed)
-            torch.multiprocessing.spawn(measure, (config, port, args.rounds, args.every), nprocs=args.replicas)
+            if args.norms:
+                parallel = config.parallel.model_copy(update={"data": 1, "tensor": 2})
+                config = config.model_copy(update={"parallel": parallel})
+            torch.multiprocessing.spawn(work, (config, port, args.rounds, args.every), nprocs=args.replicas)
 
 
 if __name__ == "__main__":

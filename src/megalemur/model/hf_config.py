@@ -1,6 +1,7 @@
 """config.json of a Hugging Face Llama, as transformers 4 and 5 spell it: read, written, compared. Free of torch.
 
-Refuses what this Llama cannot compute: other architectures, biases, other activations, unknown rotary types.
+A Mistral without a sliding window is a Llama by another name. Refuses what this Llama cannot compute: other
+architectures, biases, other activations, unknown rotary types.
 """
 
 from collections.abc import Iterator, Mapping
@@ -32,8 +33,8 @@ DERIVED_TENSORS = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 
 DTYPES = ("float16", "bfloat16", "float32")
 
-# transformers' LlamaConfig: what a key that is not in the file means
-_DEFAULTS: dict[str, Any] = {
+# transformers' LlamaConfig and MistralConfig: what a key that is not in the file means
+_LLAMA: dict[str, Any] = {
     "vocab_size": 32000,
     "hidden_size": 4096,
     "intermediate_size": 11008,
@@ -44,6 +45,10 @@ _DEFAULTS: dict[str, Any] = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
 }
+_MISTRAL = {**_LLAMA, "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072}
+_DEFAULTS = {"llama": _LLAMA, "mistral": _MISTRAL}
+_ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+_MISTRAL_WINDOW = 4096  # of a file that does not say
 _MAX_LAYERS = 10_000  # a table of all tensors is made before any file is compared with it
 _DEFAULT_THETA = 10000.0
 _LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -197,7 +202,7 @@ def _raise_all(path: Path, problems: Iterator[str]) -> None:
 def _get(values: Mapping[str, Any], key: str) -> Any:
     """A key's value, or what its absence means to transformers. null counts as absent."""
     value = values.get(key)
-    return _DEFAULTS.get(key) if value is None else value
+    return _DEFAULTS.get(str(values.get("model_type")), _LLAMA).get(key) if value is None else value
 
 
 def _model_of(values: Mapping[str, Any]) -> ModelConfig:
@@ -210,12 +215,15 @@ def _model_of(values: Mapping[str, Any]) -> ModelConfig:
 
 
 def _refusals(values: Mapping[str, Any]) -> Iterator[str]:
-    """Whatever makes this another model than a plain Llama."""
+    """Whatever makes this another model than a Llama."""
     kind, architectures = values.get("model_type"), values.get("architectures")
-    if kind != "llama":
-        yield f"model_type is {kind!r}; only 'llama' is known"
-    if architectures is not None and architectures != ["LlamaForCausalLM"]:
-        yield f"architectures is {architectures!r}; only ['LlamaForCausalLM'] is known"
+    if kind not in _ARCHITECTURES:
+        yield f"model_type is {kind!r}; only {' and '.join(map(repr, _ARCHITECTURES))} are known"
+    elif architectures is not None and architectures != [_ARCHITECTURES[kind]]:
+        yield f"architectures is {architectures!r}; only {[_ARCHITECTURES[kind]]} is known"
+    window = values.get("sliding_window", _MISTRAL_WINDOW) if kind == "mistral" else None
+    if window is not None:
+        yield f"sliding_window is {window!r}; a Mistral that sees only the last tokens is no Llama (v0.2 has null)"
     for key in ("attention_bias", "mlp_bias"):
         if values.get(key):
             yield f"{key} is true; layers with biases are not supported"

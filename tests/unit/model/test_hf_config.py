@@ -116,8 +116,38 @@ def test_both_spellings_of_llama3_scaling_are_one_model(tmp_path: Path) -> None:
     assert models[0].rope_scaling is not None and models[0].rope_scaling.factor == 8.0
 
 
+MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+
+
+def test_a_mistral_without_a_window_is_a_llama(tmp_path: Path) -> None:
+    """transformers computes the same logits of the same weights under either name, and the name is kept."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+    shape = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 64}
+    mistral = MistralForCausalLM(MistralConfig(**shape, **heads, sliding_window=None)).eval()
+    mistral.save_pretrained(tmp_path / "m")
+    read = read_hf_config(tmp_path / "m")
+    llama = LlamaForCausalLM(LlamaConfig(**shape, **heads)).eval()
+    llama.load_state_dict(mistral.state_dict())
+    ids = torch.arange(40)[None]
+    assert torch.equal(llama(ids).logits, mistral(ids).logits)
+    assert read.model.num_query_groups == 4 and read.model.ffn_hidden_size == 96
+    again = json.loads(hf_config_json(read.model, dtype="float32", source=read.original))
+    assert again["model_type"] == "mistral" and again["sliding_window"] is None
+    bare = read_hf_config(write(tmp_path, {"model_type": "mistral", "sliding_window": None})).model
+    theirs = MistralConfig(sliding_window=None)
+    assert bare.num_query_groups == theirs.num_key_value_heads
+    assert bare.ffn_hidden_size == theirs.intermediate_size
+    assert bare.max_position_embeddings == theirs.max_position_embeddings
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "mistral": ({"model_type": "mistral", "architectures": ["MistralForCausalLM"]}, "'mistral'"),
+    "qwen": ({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}, "'qwen2'"),
+    "a mistral's window": ({**MISTRAL, "sliding_window": 4096}, "sliding_window is 4096"),
+    "a mistral that says nothing": ({**MISTRAL}, "sliding_window is 4096"),
+    "another mistral": ({**MISTRAL, "sliding_window": None, "architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM"),
     "classifier": ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
     "attention bias": ({"attention_bias": True}, "attention_bias"),
     "mlp bias": ({"mlp_bias": True}, "mlp_bias"),
