@@ -1,4 +1,4 @@
-"""How far a conversion is: a bar with bytes, rate and time left where somebody looks, else a line a stage."""
+"""How far a conversion is: a bar with bytes, rate and time left where somebody looks, else a line now and then."""
 
 import threading
 import time
@@ -56,7 +56,7 @@ class Stages:
             with self._lock:
                 done += count
                 now = time.monotonic()
-                if now - said >= _LINE_SECONDS or (done == total and count):
+                if now - said >= _LINE_SECONDS:
                     said, rate = now, done / max(now - began, 1e-9)
                     left = (total - done) / max(rate, 1.0)
                     self._console.print(
