@@ -269,7 +269,8 @@ def trial(shared: Shared, trial: Trial) -> str:
 def _launched(reference: Reference, trial: Trial) -> str:
     """A rank of the launcher ends itself at one of its effects on the disk."""
     chance, layout = trial.chance, trial.chance.choice(["dp2", "tp2", "pp2"])
-    rank, point, behind = chance.randrange(2), chance.randint(1, 60), chance.random() < 0.5
+    rank, behind = chance.randrange(2), chance.random() < 0.5
+    point = chance.randint(1, (60, 15)[rank])  # rank 1 makes and renames no folders: four saves have fewer for it
     background = chance.choice(["true", "false"])
     settings = (*LENGTH, f"checkpoint.save_every={EVERY}", f"checkpoint.asynchronous={background}")
     run_file = write_run(trial.directory, *LAYOUTS[layout], *settings, **BIG)
