@@ -152,14 +152,20 @@ def replace_file(path: Path, data: bytes) -> None:
         disk.close(handle)
 
 
+def write_at(file: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all bytes at their place in an open file."""
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(file, view, offset)
+        view, offset = view[count:], offset + count
+
+
 def write_frames(path: Path, frames: Sequence[Frame]) -> None:
     """Write what is no tensor's into a file whose tensors are there."""
     handle = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         for frame in frames:
-            done = 0
-            while done < len(frame.data):
-                done += os.pwrite(handle, frame.data[done:], frame.offset + done)
+            write_at(handle, frame.data, frame.offset)
     finally:
         os.close(handle)
 

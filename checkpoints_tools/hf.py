@@ -19,6 +19,7 @@ from megalemur.model.hf_config import (
     CONFIG_FILE,
     DERIVED_TENSORS,
     GENERATION_FILE,
+    HuggingFaceConfig,
     generation_config_json,
     hf_config_json,
     read_hf_config,
@@ -41,10 +42,7 @@ def open_hf(path: Path) -> Opened:
     Raises:
         ConversionError, DamagedCheckpoint: no Llama, or files that do not fit together.
     """
-    try:
-        config = read_hf_config(path)
-    except ValueError as error:
-        raise ConversionError(str(error)) from None
+    config = read_config(path)
     reader = HuggingFaceReader(path, derived=DERIVED_TENSORS)
     refuse_dtypes(reader)
     return Opened(
@@ -55,6 +53,18 @@ def open_hf(path: Path) -> Opened:
         config=config.original,
         small_files=carried_files(path),
     )
+
+
+def read_config(path: Path) -> HuggingFaceConfig:
+    """config.json of a directory.
+
+    Raises:
+        ConversionError: there is none, or it is no Llama's.
+    """
+    try:
+        return read_hf_config(path)
+    except ValueError as error:
+        raise ConversionError(str(error)) from None
 
 
 def refuse_dtypes(reader: HuggingFaceReader) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from checkpoints_tools.errors import ConversionError
 from checkpoints_tools.foreign import Archive, StoredTensor, read_archive
-from checkpoints_tools.hf import carried_files
+from checkpoints_tools.hf import carried_files, read_config
 from checkpoints_tools.opened import Opened
 from checkpoints_tools.regions import WEIGHT, Key, Region
 from checkpoints_tools.stored import region_of, stored_tensors, stub_notes
@@ -13,7 +13,7 @@ from megalemur.checkpoint.errors import DamagedCheckpoint, UnreadableCheckpoint
 from megalemur.checkpoint.manifest import is_plain_path
 from megalemur.config.plain_files import read_plain
 from megalemur.config.strict_json import parse_json
-from megalemur.model.hf_config import DERIVED_TENSORS, read_hf_config
+from megalemur.model.hf_config import DERIVED_TENSORS
 from megalemur.model.names import EMBEDDING, HEAD
 from megalemur.parallel.boxes import whole
 
@@ -32,10 +32,7 @@ def open_hf_bin(path: Path) -> Opened:
     Raises:
         ConversionError, DamagedCheckpoint: no Llama, or files that do not fit together.
     """
-    try:
-        config = read_hf_config(path)
-    except ValueError as error:
-        raise ConversionError(str(error)) from None
+    config = read_config(path)
     archives = _archives(path)
     notes = stub_notes(archives)
     found: dict[Key, list[Region]] = {}

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 import xxhash
 
-from checkpoints_tools.draft import Done, Draft, replace_file
+from checkpoints_tools.draft import Done, Draft, replace_file, write_at
 from checkpoints_tools.layout import Layout, Stretch, Written
 from checkpoints_tools.opened import Weights
 from checkpoints_tools.regions import Key, Region, row_box
@@ -97,7 +97,7 @@ class Mover:
             handle = self._files[name] = os.open(path, flags, 0o666)
             os.ftruncate(handle, size)
             for frame in self._layout.frames.get(name, ()):
-                _write_at(handle, frame.data, frame.offset)
+                write_at(handle, frame.data, frame.offset)
 
     def _unit(self, number: int, progress: Progress) -> None:
         unit = _Unit(self._layout, self._files)
@@ -143,7 +143,7 @@ class _Unit:
         """Rows of a region that lie one behind the other."""
         assert region.row_bytes == region.width and block.dtype == region.dtype, region
         data, file = bytes_of(block.contiguous()), self.files[region.file]
-        _write_at(file, data, region.offset)
+        write_at(file, data, region.offset)
         if self.layout.digest_files:
             self._digest(region, data)
         if self.layout.crc:
@@ -201,10 +201,3 @@ def finish_files(layout: Layout, draft: Draft) -> None:
                 disk.sync(handle)
             finally:
                 os.close(handle)
-
-
-def _write_at(file: int, data: bytes | memoryview, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        count = os.pwrite(file, view, offset)
-        view, offset = view[count:], offset + count

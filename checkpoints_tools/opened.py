@@ -89,13 +89,16 @@ class Opened:
         return {key: self.regions[key][0].dtype for key in keys}
 
     @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return hf_shapes(self.model)  # asked for with every block of rows
+
+    @cached_property
     def _reader(self) -> "_Reader":
         return _Reader(self.path, self.entries, follow_links=self.follow_links)
 
     def read(self, key: Key, first: int, last: int) -> torch.Tensor:
         """Rows [first, last) of a tensor."""
-        shape = hf_shapes(self.model)[key.name]
-        wanted = row_box(shape, first, last)
+        wanted = row_box(self._shapes[key.name], first, last)
         out = torch.empty(wanted.shape, dtype=self.dtypes[key])
         for region in self.regions[key]:
             common = region.box.intersect(wanted)

@@ -50,7 +50,7 @@ def counted(source: Path, destination: Path, name: str) -> tuple[int, int]:
     writes: list[None] = []
     for effect in EFFECTS:
         _wrap(disk, effect, effects)
-    _wrap(mover, "_write_at", writes)
+    _wrap(mover, "write_at", writes)
     small(source, destination, name, resume=False)
     return len(effects), len(writes)
 
@@ -85,7 +85,7 @@ def killed(source: Path, destination: Path, name: str, effect: int, write: int, 
 
 
 def _kill_at_write(number: int, torn: bool) -> None:
-    original, left = mover._write_at, number
+    original, left = mover.write_at, number
 
     def write(file: int, data: Any, offset: int) -> None:
         nonlocal left
@@ -96,7 +96,7 @@ def _kill_at_write(number: int, torn: bool) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         original(file, data, offset)
 
-    mover._write_at = write
+    mover.write_at = write
 
 
 def same_bytes(one: Path, other: Path) -> None:

@@ -7,7 +7,7 @@ from tests.support.ranks import run_ranks
 from tests.support.tiny import tiny_run, write_llama
 from tests.support.training import logits_of, losses_and_norms, train_and_save, whole_state
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; torch finds none here")
 
 
 def no_redirects(config):

@@ -94,7 +94,7 @@ def test_killing_reaches_everything_below(busy):
     assert state_of(child.pid) == "running"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux'")
+@pytest.mark.skipif(sys.platform != "linux", reason="this system is no Linux, which alone has prctl")
 def test_a_child_does_not_outlive_its_parent():
     reader, writer = os.pipe()
     parent = os.fork()
