@@ -1,0 +1,136 @@
+"""What the planner plans: one training job, a model in a layout, flat and free of torch.
+
+A run file becomes one by `Job.of`; the published runs that the time model is fitted on become one too, although their
+models are no Llamas (two matrices in the feed-forward, biases, dropout, attention without a fused kernel).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megalemur.config.layers import chunk_layers
+from megalemur.config.run import RunConfig
+
+Recompute = Literal["none", "selective", "full"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernels:
+    """What the layers run on, as far as memory and time can tell."""
+
+    flash_attention: bool = True
+    """Scores are never written to memory. False: s x s scores and probabilities a head."""
+    fused_swiglu: bool = False
+    """One kernel that keeps its input only. False: torch's silu and product, which keep what they read."""
+    fused_norm: bool = False
+    """The norm keeps its input and a statistic a row. False: torch's rms_norm."""
+    dropout: bool = False
+    """Dropout behind attention and feed-forward, whose masks are kept (one byte an element)."""
+    biases: bool = False
+    """Biases in the matrices; counted in time only, their bytes are nothing beside the matrices'."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A model, its batch and its layout. Sizes in tokens, samples, layers and processes; names as in the run file."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+    vocab_size: int
+    """Padding for this layout included."""
+    tie_embeddings: bool = False
+    gated: bool = True
+    """SwiGLU: three matrices in the feed-forward. False: two."""
+
+    sequence_length: int
+    micro_batch_size: int
+    global_batch_size: int
+
+    tensor: int = 1
+    pipeline: int = 1
+    chunks: int = 1
+    context: int = 1
+    data: int = 1
+    sequence_parallel: bool = False
+    layers: tuple[tuple[int, ...], ...]
+    """Layers on each [stage][chunk]."""
+    distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = True
+    overlap_param_gather: bool = True
+    overlap_p2p: bool = False
+
+    precision: Literal["bf16", "fp16", "fp32", "fp8"] = "bf16"
+    """Of the matrix products; parameters are 2 bytes but for fp32."""
+    grads_in_fp32: bool = True
+    recompute: Recompute = "none"
+    recompute_modules: tuple[str, ...] = ("core_attn",)
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    recompute_layers: int = 1
+    kernels: Kernels = Kernels()
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "Job":
+        """The job that a run file describes."""
+        model, parallel, precision = config.model, config.parallel, config.precision
+        engine = model.backend == "transformer_engine"
+        return cls(
+            num_layers=model.num_layers,
+            hidden_size=model.hidden_size,
+            ffn_hidden_size=model.ffn_hidden_size,
+            num_attention_heads=model.num_attention_heads,
+            num_query_groups=model.num_query_groups,
+            head_dim=model.head_dim,
+            vocab_size=parallel.padded_vocab(model.vocab_size),
+            tie_embeddings=model.tie_embeddings,
+            sequence_length=config.data.sequence_length,
+            micro_batch_size=config.data.micro_batch_size,
+            global_batch_size=config.data.global_batch_size,
+            tensor=parallel.tensor,
+            pipeline=parallel.pipeline,
+            chunks=parallel.chunks,
+            context=parallel.context,
+            data=parallel.data,
+            sequence_parallel=parallel.sequence_parallel,
+            layers=tuple(map(tuple, chunk_layers(model.num_layers, parallel))),
+            distributed_optimizer=parallel.distributed_optimizer,
+            overlap_grad_reduce=parallel.overlap_grad_reduce,
+            overlap_param_gather=parallel.overlap_param_gather,
+            overlap_p2p=parallel.overlap_p2p,
+            precision="fp8" if precision.fp8 else precision.dtype,
+            grads_in_fp32=precision.reduce_grads_in_fp32 or precision.dtype == "fp32",
+            recompute=precision.recompute,
+            recompute_modules=precision.recompute_modules,
+            recompute_method=precision.recompute_method,
+            recompute_layers=precision.recompute_layers,
+            kernels=Kernels(fused_norm=engine),
+        )
+
+    @property
+    def world_size(self) -> int:
+        """Processes in all."""
+        return self.tensor * self.pipeline * self.context * self.data
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches a step on each replica."""
+        return self.global_batch_size // (self.micro_batch_size * self.data)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens a step, over all replicas."""
+        return self.global_batch_size * self.sequence_length
+
+    @property
+    def tokens_per_rank(self) -> int:
+        """Tokens of a micro-batch that one context-parallel rank holds."""
+        return self.micro_batch_size * self.sequence_length // self.context
+
+    @property
+    def layer_parameters(self) -> int:
+        """Matrix and norm parameters of one layer, before any split; biases left out."""
+        h, kv = self.hidden_size, self.num_query_groups * self.head_dim
+        query = self.num_attention_heads * self.head_dim
+        return 2 * h * query + 2 * h * kv + (3 if self.gated else 2) * h * self.ffn_hidden_size + 2 * h
