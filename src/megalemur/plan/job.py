@@ -25,6 +25,8 @@ class Kernels:
     """The norm keeps its input and a statistic a row. False: torch's rms_norm."""
     dropout: bool = False
     """Dropout behind attention and feed-forward, whose masks are kept (one byte an element)."""
+    context_parallel: bool = False
+    """Attention over a split sequence exists (Transformer Engine)."""
     biases: bool = False
     """Biases in the matrices; counted in time only, their bytes are nothing beside the matrices'."""
 
@@ -105,7 +107,7 @@ class Job:
             recompute_modules=precision.recompute_modules,
             recompute_method=precision.recompute_method,
             recompute_layers=precision.recompute_layers,
-            kernels=Kernels(fused_norm=engine),
+            kernels=Kernels(fused_norm=engine, context_parallel=engine),
         )
 
     @property
