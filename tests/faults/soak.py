@@ -141,4 +141,5 @@ CAMPAIGN = Campaign(
     "goodput: seconds of that run over seconds of this one",
     prepare=prepare,
     trial=trial,
+    real_every=1,
 )
