@@ -1,5 +1,7 @@
 """Saves while training goes on: the state of the step bit by bit, and failures on all ranks alike."""
 
+import errno
+import os
 import resource
 import shutil
 import signal
@@ -10,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megalemur.checkpoint import disk
 from megalemur.checkpoint.directory import newest_checkpoint, verify_checkpoint
 from megalemur.checkpoint.errors import CheckpointError
 from megalemur.checkpoint.retention import Rules, retain
@@ -79,6 +82,31 @@ def fail_on_one_rank(root: Path) -> None:
 def test_a_failed_save_fails_on_all_ranks_alike_and_the_next_one_works(tmp_path: Path) -> None:
     run_ranks(RANKS, with_a_group, fail_on_one_rank, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step_000002"]
+
+
+def fail_to_close_on_one_rank(root: Path) -> None:
+    """As a network file system may, whose servers say only at the close that they could not write."""
+    rank, close = dist.get_rank(), disk.close
+    for background in (True, False):
+        settings = CheckpointConfig(directory=root / str(background), asynchronous=background)
+        saver = Saver(settings, dist.new_group(backend="gloo"))
+        for step, works in enumerate([False, True]):
+            disk.close = refuse_to_close if rank == 1 and not works else close
+            saver.save(contents(pieces_at(split("rows", rank)), step))
+            saver.wait()
+            (ended,) = saver.ended()
+            assert (ended.error is None) == works
+            assert works or "rank 1: OSError" in str(ended.error), ended.error
+        assert saver.saved_step == 1
+
+
+def refuse_to_close(file: int) -> None:
+    os.close(file)
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_a_file_that_cannot_be_closed_is_a_failed_save_on_all_ranks_and_nobody_waits(tmp_path: Path) -> None:
+    run_ranks(RANKS, with_a_group, fail_to_close_on_one_rank, tmp_path)
 
 
 def damage_before_the_read_back(root: Path) -> None:

@@ -127,7 +127,8 @@ def refuse_disagreement(ranks: list[Outcome], root: Path) -> None:
         assert outcome[:3] == ranks[0][:3], ranks
     step, error, saved = ranks[0][:3]
     assert error or (step, saved) == (STEPS, STEPS), ranks
-    assert not error or ranks[0].failed, ranks
+    # the save that was in flight when the limit was reached may stand yet
+    assert not error or ranks[0].failed or saved == step, ranks
     assert last_good(root) >= (saved or 0), f"step {saved} was promised, {last_good(root)} is there"
 
 

@@ -62,17 +62,17 @@ class Draft:
 
     def discard(self) -> None:
         """Remove what was written; what cannot be removed now goes with the next `sweep`."""
-        try:
-            remove(self.path)
-        except OSError as error:
-            _log.warning("%s: cannot be removed: %s", self.path, error.strerror)
-        self.close()
+        for away in (functools.partial(remove, self.path), self.close):
+            try:
+                away()
+            except OSError as error:
+                _log.warning("%s: cannot be removed: %s", self.path, error.strerror)
 
     def close(self) -> None:
         """Give the lock back."""
-        if self.lock >= 0:
-            disk.close(self.lock)
-            self.lock = -1
+        lock, self.lock = self.lock, -1  # what cannot be closed is closed all the same: never twice
+        if lock >= 0:
+            disk.close(lock)
 
 
 def open_draft(root: Path, step: int) -> Draft:

@@ -211,6 +211,8 @@ def _write(peers: Peers, temporary: Path, plan: SavePlan, read: PieceReader, att
             # only now: the disk went on with these bytes while the weights travelled
             if state is not None and attempt.error is None:
                 entries[rank_file(peers.rank)] = state.finish()
+        with attempt.step():
+            stack.close()  # a network file system may say only now that it could not write
     with attempt.step():
         if peers.rank == 0:
             entries |= {name: write_bytes(temporary / name, data) for name, data in plan.small_files.items()}
