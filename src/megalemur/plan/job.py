@@ -25,6 +25,13 @@ class Kernels:
     """The norm keeps its input and a statistic a row. False: torch's rms_norm."""
     dropout: bool = False
     """Dropout behind attention and feed-forward, whose masks are kept (one byte an element)."""
+    attention_generation: Literal[2, 3] = 2
+    """Of the fused attention kernel. 2: FlashAttention-2, torch's. 3: made for Hopper (FlashAttention-3, cuDNN)."""
+    fused_cross_entropy: bool = False
+    """One pass over the logits. False: fp32 copies of them."""
+    tensor_overlap: Literal["none", "backward", "full"] = "backward"
+    """What hides the tensor-parallel messages. backward: the products of the backward pass, as in megatron-core; full:
+    forward products too, chunk by chunk (Transformer Engine's user buffers); none: Megatron-LM of 2021."""
     biases: bool = False
     """Biases in the matrices; counted in time only, their bytes are nothing beside the matrices'."""
 
