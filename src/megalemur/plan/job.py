@@ -32,6 +32,8 @@ class Kernels:
     tensor_overlap: Literal["none", "backward", "full"] = "backward"
     """What hides the tensor-parallel messages. backward: the products of the backward pass, as in megatron-core; full:
     forward products too, chunk by chunk (Transformer Engine's user buffers); none: Megatron-LM of 2021."""
+    split_messages: bool = False
+    """Pipeline messages are cut over TP also without sequence parallelism (Narayanan et al. 2021, section 4.1)."""
     biases: bool = False
     """Biases in the matrices; counted in time only, their bytes are nothing beside the matrices'."""
 
@@ -48,6 +50,8 @@ class Job:
     head_dim: int
     vocab_size: int
     """Padding for this layout included."""
+    true_vocab_size: int | None = None
+    """Without padding, for MFU. None: vocab_size has none."""
     tie_embeddings: bool = False
     gated: bool = True
     """SwiGLU: three matrices in the feed-forward. False: two."""
@@ -91,6 +95,7 @@ class Job:
             num_query_groups=model.num_query_groups,
             head_dim=model.head_dim,
             vocab_size=parallel.padded_vocab(model.vocab_size),
+            true_vocab_size=model.vocab_size,
             tie_embeddings=model.tie_embeddings,
             sequence_length=config.data.sequence_length,
             micro_batch_size=config.data.micro_batch_size,
@@ -112,7 +117,7 @@ class Job:
             recompute_modules=precision.recompute_modules,
             recompute_method=precision.recompute_method,
             recompute_layers=precision.recompute_layers,
-            kernels=Kernels(fused_norm=engine),
+            kernels=Kernels(fused_norm=engine, attention_generation=3 if engine else 2),
         )
 
     @property

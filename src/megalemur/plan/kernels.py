@@ -18,7 +18,7 @@ _HALF_LENGTH = 512.0
 """Tokens at which causal attention reaches half of what it reaches on long sequences: tiles on the diagonal are half
 empty (Dao 2023, figure 4; Shah et al. 2024, figure 5)."""
 
-_ATTENTION_BACKWARD = 0.8
+ATTENTION_BACKWARD = 0.8
 """Rate of attention's backward pass over that of its forward pass (Shah et al. 2024, figures 5 and 6)."""
 
 _OLDER_ATTENTION = 0.6
