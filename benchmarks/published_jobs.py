@@ -98,9 +98,13 @@ def _choices(given: str, plausible: object) -> tuple[int, ...]:
 
 
 def _spread(layers: int, depth: int, chunks: int) -> tuple[tuple[int, ...], ...]:
-    """Layers on each [stage][chunk]; where they do not spread evenly, the last chunks have fewer."""
+    """Layers on each [stage][chunk]. Llama-3.1-405B's 126 spread as 128, of which embedding and output layer are two."""
     parts = depth * chunks
-    counts = [layers // parts + (part < layers % parts) for part in range(parts)]
+    counts = [layers // parts] * parts if layers % parts == 0 else [(layers + 2) // parts] * parts
+    if layers % parts:
+        assert (layers + 2) % parts == 0, f"{layers} layers do not spread over {parts} chunks"
+        counts[0] -= 1
+        counts[-1] -= 1
     return tuple(tuple(counts[chunk * depth + stage] for chunk in range(chunks)) for stage in range(depth))
 
 
