@@ -112,6 +112,8 @@ def _job(values: dict[str, str], micro: int, chunks: int, recompute: str) -> Job
     source, tensor = values["source"], int(values["tp"])
     early, korthikanti = values["gpu"] == "A100" and values["precision"] == "fp16", "Korthikanti" in source
     kernels = replace(_UNFUSED, tensor_overlap="backward" if korthikanti else "none") if early else _ENGINE
+    if "NeMo 24.12" in source or "0.8" in source:
+        kernels = replace(kernels, attention_generation=2)
     heads, hidden, vocab = int(values["heads"]), int(values["hidden_size"]), int(values["vocab"])
     multiple = 128 * tensor
     return Job(
@@ -140,7 +142,8 @@ def _job(values: dict[str, str], micro: int, chunks: int, recompute: str) -> Job
         overlap_param_gather=not early,
         overlap_p2p=not early and chunks > 1,
         precision=values["precision"],  # type: ignore[arg-type]
-        grads_in_fp32=not early,
+        # NVIDIA's recipes reduce gradients in bf16 (grad_reduce_in_fp32 is off); Megatron-LM accumulates bf16's in fp32
+        grads_in_fp32="Megatron-LM" in source,
         recompute=recompute,  # type: ignore[arg-type]
         kernels=kernels,
     )
