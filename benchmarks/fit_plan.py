@@ -32,12 +32,11 @@ TYPICAL = {
     "gemm_ampere": 0.82,
     "gemm_hopper": 0.70,
     "gemm_fp8": 0.60,
-    "half_wave": 0.3,
     "attention": 0.6,
     "memory": 0.8,
     "links": 0.8,
     "tensor_exposed": 0.3,
-    "layer_gap": 5e-5,
+    "blackwell": 0.8,
     "step_gap": 0.01,
 }
 

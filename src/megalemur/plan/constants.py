@@ -19,8 +19,8 @@ class Constants(Section):
     """The same on H100 and H200."""
     gemm_fp8: float = Field(ge=0.4, le=0.85)
     """Share of the 8-bit peak on Hopper and newer."""
-    half_wave: float = Field(ge=0.0, le=1.0)
-    """Waves of output tiles at which a product reaches half of its share: what the last, partly filled wave costs."""
+    blackwell: float = Field(ge=0.5, le=1.1)
+    """What B200 and GB200 reach of the shares above and of the next one, against Hopper."""
     attention: float = Field(ge=0.35, le=0.85)
     """Share of the 16-bit peak that the forward pass of fused attention reaches on long sequences on its own
     generation of devices (FlashAttention-2 on Ampere, FlashAttention-3 or cuDNN on Hopper)."""
@@ -30,8 +30,6 @@ class Constants(Section):
     """Share of a link's bandwidth that a large collective or message reaches, in a node and between nodes."""
     tensor_exposed: float = Field(ge=0.0, le=0.7)
     """Share of the tensor-parallel traffic that still shows where it is overlapped with the products beside it."""
-    layer_gap: float = Field(ge=0.0, le=5e-4)
-    """Seconds lost between the kernels of one layer's forward pass; twice that in its backward pass."""
     step_gap: float = Field(ge=0.0, le=0.1)
     """Seconds a step for what no term describes: batches, logging, synchronisation of all processes."""
 

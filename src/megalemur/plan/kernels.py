@@ -38,21 +38,20 @@ class Device:
     """FLOP/s of fused attention, forward, on long sequences."""
     bytes_per_second: float
     """Of kernels that only move memory."""
-    half_wave: float
 
     @classmethod
     def of(cls, cluster: Cluster, constants: Constants) -> "Device":
         """The achievable speeds of a cluster's GPU."""
-        share = constants.gemm_ampere if cluster.architecture == "ampere" else constants.gemm_hopper
+        newest = constants.blackwell if cluster.architecture == "blackwell" else 1.0
+        share = constants.gemm_ampere if cluster.architecture == "ampere" else constants.gemm_hopper * newest
         peak = cluster.peak_teraflops_16bit * 1e12
         return cls(
             multiprocessors=cluster.multiprocessors,
             product_flops=peak * share,
-            fp8_flops=(cluster.peak_teraflops_fp8 or 0.0) * 1e12 * constants.gemm_fp8,
+            fp8_flops=(cluster.peak_teraflops_fp8 or 0.0) * 1e12 * constants.gemm_fp8 * newest,
             fp32_flops=cluster.peak_teraflops_fp32 * 1e12 * share,
-            attention_flops=peak * constants.attention,
+            attention_flops=peak * constants.attention * newest,
             bytes_per_second=cluster.memory_gigabytes_per_second * 1e9 * constants.memory,
-            half_wave=constants.half_wave,
         )
 
     def flops(self, precision: str) -> float:
@@ -72,12 +71,12 @@ class Device:
             batch: equal products in one kernel.
             accumulate: bytes a element that the output is added to, as the fp32 gradients are; 0: it is written once.
         """
-        waves = batch * m * n / (_TILE * self.multiprocessors)
-        seconds = batch * 2.0 * m * n * k / self.flops(precision) * (1.0 + self.half_wave / waves)
+        filled = min(1.0, batch * m * n / (_TILE * self.multiprocessors))
+        seconds = batch * 2.0 * m * n * k / (self.flops(precision) * filled)
         size = {"fp8": 1, "fp32": 4}.get(precision, 2)
         output = 2 * accumulate if accumulate else max(size, 2)
         traffic = batch * (size * (m * k + k * n) + output * m * n) / self.bytes_per_second
-        return max(seconds, traffic)
+        return seconds + traffic
 
     def moved(self, count: float) -> float:
         """Seconds of kernels that read and write `count` bytes together."""

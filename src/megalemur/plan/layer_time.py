@@ -81,20 +81,19 @@ class LayerModel:
         core, core_backward = self._core()
         ring, ring_backward = self._context_messages(core, core_backward)
         bytes_forward, bytes_backward = self._bytes()
-        gap = self._constants.layer_gap
         tensor, tensor_backward = self._tensor_messages(forward, inputs, weights)
         return Passes(
             Seconds(
                 matrices=forward,
                 attention=core,
-                elementwise=self._device.moved(bytes_forward) + gap,
+                elementwise=self._device.moved(bytes_forward),
                 tensor_messages=tensor,
                 context_messages=ring,
             ),
             Seconds(
                 matrices=inputs + weights,
                 attention=core_backward,
-                elementwise=self._device.moved(bytes_backward) + 2 * gap,
+                elementwise=self._device.moved(bytes_backward),
                 tensor_messages=tensor_backward,
                 context_messages=ring_backward,
             ),
@@ -164,16 +163,19 @@ class LayerModel:
         unit, job = self._unit, self._job
         if not unit:
             return 0.0, 0.0
-        again = 2 * unit if job.sequence_parallel else 0.0
+        # Transformer Engine gathers what fp8 products read in fp8: half the bytes
+        gather = unit / 2 if job.precision == "fp8" and job.sequence_parallel else unit
+        pair = 2 * (gather + unit)
+        again = 2 * gather if job.sequence_parallel else 0.0
         if job.kernels.tensor_overlap == "none":
-            return 4 * unit, 4 * unit + again
+            return pair, pair + again
         if job.kernels.tensor_overlap == "full":
-            return self._hidden(4 * unit, forward), self._hidden(4 * unit + again, inputs + weights)
+            return self._hidden(pair, forward), self._hidden(pair + again, inputs + weights)
         # megatron-core: gradients of a column-parallel layer's input travel beside its weights' gradient product,
         # gathered inputs beside the product before it; the gather before a row-parallel layer's backward is waited for
         if not job.sequence_parallel:
-            return 4 * unit, self._hidden(4 * unit, weights / 2)
-        return 4 * unit, 2 * unit + self._hidden(2 * unit, weights / 2) + self._hidden(again, inputs / 2)
+            return pair, self._hidden(pair, weights / 2)
+        return pair, 2 * gather + self._hidden(2 * unit, weights / 2) + self._hidden(again, inputs / 2)
 
     def _context_messages(self, core: float, core_backward: float) -> tuple[float, float]:
         """Exposed seconds of the ring of keys and values, and the merging of its partial results."""
