@@ -25,19 +25,19 @@ from megalemur.plan.constants import Constants, fitted
 from megalemur.plan.step_time import TimeModel
 
 CONSTANTS = Path(constants_module.__file__).with_name("constants.yaml")
-PULL = 0.03
+PULL = 0.1
 """Weight of a constant's distance from its typical value, in widths of its bounds."""
 
 TYPICAL = {
-    "gemm_ampere": 0.82,
+    "gemm_ampere": 0.8,
     "gemm_hopper": 0.70,
     "gemm_fp8": 0.60,
     "attention": 0.6,
-    "memory": 0.8,
-    "links": 0.8,
+    "memory": 0.85,
+    "links": 0.85,
     "tensor_exposed": 0.3,
     "blackwell": 0.8,
-    "step_gap": 0.01,
+    "step_gap": 0.004,
 }
 
 

@@ -30,7 +30,7 @@ class Constants(Section):
     """Share of a link's bandwidth that a large collective or message reaches, in a node and between nodes."""
     tensor_exposed: float = Field(ge=0.0, le=0.7)
     """Share of the tensor-parallel traffic that still shows where it is overlapped with the products beside it."""
-    step_gap: float = Field(ge=0.0, le=0.1)
+    step_gap: float = Field(ge=0.0, le=0.02)
     """Seconds a step for what no term describes: batches, logging, synchronisation of all processes."""
 
 

@@ -4,6 +4,7 @@ The pipeline's time is either replayed operation by operation (exact) or taken f
 the busiest stage's work for all micro-batches, and while the pipeline fills and drains one chunk of every other stage.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -110,7 +111,7 @@ class TimeModel:
             "bubble": span - work[critical],
             "data_parallel": exposed,
             "optimizer": optimizer,
-            "other": self._constants.step_gap,
+            "other": self._constants.step_gap * math.log2(job.world_size),
         }
         seconds = sum(breakdown.values())
         return self._step(job, seconds, breakdown, critical, chunks, arrival)
