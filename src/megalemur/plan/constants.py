@@ -27,11 +27,11 @@ class Constants(Section):
     memory: float = Field(ge=0.5, le=0.95)
     """Share of the memory bandwidth that element-wise kernels reach."""
     links: float = Field(ge=0.5, le=0.95)
-    """Share of a link's bandwidth that a large collective or message reaches, in a node and between nodes."""
+    """Share of a link's bandwidth that collectives and messages reach, in a node and between nodes."""
     tensor_exposed: float = Field(ge=0.0, le=0.7)
     """Share of the tensor-parallel traffic that still shows where it is overlapped with the products beside it."""
     step_gap: float = Field(ge=0.0, le=0.02)
-    """Seconds a step for what no term describes: batches, logging, synchronisation of all processes."""
+    """Seconds a step, times log2 of the processes: waiting for the slowest of all, and what no other term describes."""
 
 
 @cache

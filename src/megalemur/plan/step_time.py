@@ -91,13 +91,15 @@ class TimeModel:
         parts = self._parts(job)
         stages = [[_chunk(job, parts, s, c) for c in range(job.chunks)] for s in range(job.pipeline)]
         message = self._message(job)
-        shown = 0.0 if job.overlap_p2p or job.pipeline == 1 else message / (2 if job.chunks > 1 else 1)
+        hidden = job.overlap_p2p and job.chunks > 1
+        # the interleaved schedule sends a forward and a backward message at the same time
+        shown = 0.0 if hidden else message / (2 if job.chunks > 1 else 1)
         chunks = tuple(
             tuple(ChunkTime(sum(p.forward) + shown, sum(p.backward) + shown) for p in stage) for stage in stages
         )
         work = [job.micro_batches * sum(c.forward + c.backward for c in stage) for stage in chunks]
         critical = max(range(job.pipeline), key=work.__getitem__)
-        arrival = message if job.overlap_p2p else 0.0
+        arrival = message if hidden else 0.0
         if exact:
             span = step_seconds(_replayed(chunks, job.micro_batches, arrival))
         else:
@@ -222,15 +224,24 @@ def _replayed(chunks: tuple[tuple[ChunkTime, ...], ...], micro_batches: int, arr
 def pipeline_seconds(chunks: tuple[tuple[ChunkTime, ...], ...], micro_batches: int, arrival: float) -> float:
     """The schedule's time without replaying it.
 
-    m micro-batches on the busiest stage, and one chunk, forward and backward, of every other stage: with equal stages
-    (m + (p - 1) / v) (f + b), as in Narayanan et al. 2021, section 2.2.
+    A stage is busy for all its micro-batches; before it the stages above it are filled, behind it they drain, and twice
+    it waits for a round trip through the stages below it, less what it does meanwhile. The slowest stage decides. With
+    equal stages that is (m + (p - 1) / v) (f + b), as in Narayanan et al. 2021, section 2.2.
 
     Args:
         chunks: seconds of each [stage][chunk].
         micro_batches: m.
         arrival: seconds from an operation's end to its result's arrival.
     """
-    work = [sum(c.forward + c.backward for c in stage) for stage in chunks]
-    critical = max(range(len(work)), key=work.__getitem__)
-    ramp = sum(stage[0].forward + stage[0].backward for number, stage in enumerate(chunks) if number != critical)
-    return micro_batches * work[critical] + ramp + 2 * (len(chunks) - 1) * arrival
+    depth, latest = len(chunks), 0.0
+    above, below = 0.0, sum(stage[0].forward + stage[0].backward + 2 * arrival for stage in chunks)
+    for number, stage in enumerate(chunks):
+        forward, backward = stage[0]
+        pair = forward + backward + 2 * arrival
+        below -= pair
+        ahead = depth - 1 - number
+        waited = max(0.0, below - ahead * forward) + max(0.0, below - ahead * backward)
+        work = micro_batches * sum(c.forward + c.backward for c in stage)
+        latest = max(latest, above + work + waited)
+        above += pair
+    return latest
