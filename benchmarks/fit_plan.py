@@ -84,7 +84,10 @@ def fit(table: list[Row], names: tuple[str, ...] = tuple(TYPICAL), others: Const
         return np.array([*off, *(PULL * (point - typical))])
 
     best = min(
-        (least_squares(residuals, start, bounds=(0, 1), diff_step=1e-3) for start in (typical, 0.5 * np.ones(len(names)))),
+        (
+            least_squares(residuals, start, bounds=(0, 1), diff_step=1e-3)
+            for start in (typical, 0.5 * np.ones(len(names)))
+        ),
         key=lambda result: result.cost,
     )
     return unpack(best.x)
@@ -103,8 +106,10 @@ def leave_out(table: list[Row]) -> dict[str, dict[str, float]]:
 def show(title: str, table: list[Row], constants: Constants) -> None:
     """Prints the residual table."""
     found = errors(table, constants)
-    print(f"\n{title}: mean {mean_error(found):.2%} (families alike), {configuration_error(found):.2%} "
-          f"(configurations alike), worst {worst_error(found):.2%}")
+    print(
+        f"\n{title}: mean {mean_error(found):.2%} (families alike), {configuration_error(found):.2%} "
+        f"(configurations alike), worst {worst_error(found):.2%}"
+    )
     for family, configurations in found.items():
         print(f"  {family}: {mean_error({family: configurations}):.2%}")
         for configuration, off in configurations.items():

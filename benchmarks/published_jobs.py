@@ -29,7 +29,13 @@ _ENGINE = Kernels(
     tensor_overlap="full",
 )
 _UNFUSED = Kernels(flash_attention=False, fused_norm=True, dropout=True, biases=True, split_messages=True)
-_CLUSTERS = {"H100": "h100_sxm", "A100": "a100_80gb_sxm", "H200": "h200_sxm", "B200": "b200_sxm", "GB200": "gb200_nvl72"}
+_CLUSTERS = {
+    "H100": "h100_sxm",
+    "A100": "a100_80gb_sxm",
+    "H200": "h200_sxm",
+    "B200": "b200_sxm",
+    "GB200": "gb200_nvl72",
+}
 
 
 @dataclass(frozen=True)

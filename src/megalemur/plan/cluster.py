@@ -88,7 +88,9 @@ def load_cluster(name_or_path: str, beside: Path | None = None) -> Cluster:
         found = {file.stem: file for folder in reversed(folders) for file in sorted(folder.glob("*.yaml"))}
         if name_or_path not in found:
             known = f"there are {', '.join(sorted(found))}" if found else f"no {_FOLDER} was found"
-            raise ConfigError(f"cluster {name_or_path}", [f"no such cluster; {known}, or write the path of a YAML file"])
+            raise ConfigError(
+                f"cluster {name_or_path}", [f"no such cluster; {known}, or write the path of a YAML file"]
+            )
         path = found[name_or_path]
     return _read(path)
 

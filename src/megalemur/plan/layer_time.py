@@ -131,7 +131,9 @@ class LayerModel:
         """Bytes a token of the feed-forward's activation."""
         if not self._job.gated:
             return 4 * self._wide, 6 * self._wide
-        return (6 * self._wide, 10 * self._wide) if self._job.kernels.fused_swiglu else (10 * self._wide, 20 * self._wide)
+        return (
+            (6 * self._wide, 10 * self._wide) if self._job.kernels.fused_swiglu else (10 * self._wide, 20 * self._wide)
+        )
 
     def _bytes(self) -> tuple[float, float]:
         """Bytes that the element-wise kernels of a layer move, forward and backward."""
@@ -213,5 +215,10 @@ class LayerModel:
         shown = self._unit if job.sequence_parallel else 0.0
         return Passes(
             Seconds(output_layer=forward + self._device.moved(read * logits) + shown),
-            Seconds(output_layer=inputs + weights + self._device.moved(again * logits) + self._hidden(2 * self._unit, weights)),
+            Seconds(
+                output_layer=inputs
+                + weights
+                + self._device.moved(again * logits)
+                + self._hidden(2 * self._unit, weights)
+            ),
         )

@@ -81,53 +81,41 @@ class TimeModel:
         if key not in self._known:
             model = LayerModel(job, self._cluster, self._constants)
             layer = model.layer()
-            self._known[key] = _Parts(layer, model.repeated(layer), model.embedding(), model.output())
+            self._known[key] = _Parts(
+                layer, sum(layer.forward), sum(layer.backward), model.repeated(layer), model.embedding(), model.output()
+            )
         return self._known[key]
 
     def predict(self, job: Job, *, exact: bool = False) -> StepTime:
         """As the function of the same name."""
         if job.precision == "fp8" and not self._cluster.peak_teraflops_fp8:
             raise ValueError(f"cluster {self._cluster.name} has no fp8; use precision.fp8: null")
-        parts = self._parts(job)
-        stages = [[_chunk(job, parts, s, c) for c in range(job.chunks)] for s in range(job.pipeline)]
-        message = self._message(job)
+        parts, message = self._parts(job), self._message(job)
         hidden = job.overlap_p2p and job.chunks > 1
         # the interleaved schedule sends a forward and a backward message at the same time
         shown = 0.0 if hidden else message / (2 if job.chunks > 1 else 1)
-        chunks = tuple(
-            tuple(ChunkTime(sum(p.forward) + shown, sum(p.backward) + shown) for p in stage) for stage in stages
-        )
-        work = [job.micro_batches * sum(c.forward + c.backward for c in stage) for stage in chunks]
-        critical = max(range(job.pipeline), key=work.__getitem__)
+        chunks = _chunk_times(job, parts, shown)
+        work = [sum(map(sum, stage)) for stage in chunks]
+        critical = work.index(max(work))
         arrival = message if hidden else 0.0
         if exact:
             span = step_seconds(_replayed(chunks, job.micro_batches, arrival))
         else:
             span = pipeline_seconds(chunks, job.micro_batches, arrival)
         exposed, optimizer = max(
-            (self._data_parallel(job, stage, chunks[stage]) for stage in {0, critical, job.pipeline - 1}), key=sum
+            (self._data_parallel(job, stage, chunks[stage][0]) for stage in {0, critical, job.pipeline - 1}), key=sum
         )
         breakdown = {
-            **_kinds(job, stages[critical]),
+            **_kinds(job, parts, critical),
             "pipeline_messages": 2 * job.chunks * job.micro_batches * shown,
-            "bubble": span - work[critical],
+            "bubble": span - job.micro_batches * work[critical],
             "data_parallel": exposed,
             "optimizer": optimizer,
             "other": self._constants.step_gap * math.log2(job.world_size),
         }
         seconds = sum(breakdown.values())
-        return self._step(job, seconds, breakdown, critical, chunks, arrival)
-
-    def _step(self, job, seconds, breakdown, critical, chunks, arrival) -> StepTime:
-        tokens, flops = job.tokens_per_step / seconds, flops_per_token(job)
-        peak = {
-            "fp8": self._cluster.peak_teraflops_fp8,
-            "fp32": self._cluster.peak_teraflops_fp32,
-        }.get(job.precision, self._cluster.peak_teraflops_16bit)
-        full, causal = (
-            utilisation(tokens, count, devices=job.world_size, peak_teraflops=peak)
-            for count in (flops.full_attention, flops.causal_attention)
-        )
+        tokens = job.tokens_per_step / seconds
+        full, causal = self._utilisations(job, tokens)
         return StepTime(
             seconds=seconds,
             breakdown=breakdown,
@@ -139,6 +127,17 @@ class TimeModel:
             mfu_causal_attention=causal,
         )
 
+    def _utilisations(self, job: Job, tokens_per_second: float) -> tuple[float, float]:
+        """Model-FLOP utilisation in both conventions, against the peak of the precision that the products run in."""
+        cluster = self._cluster
+        peaks = {"fp8": cluster.peak_teraflops_fp8, "fp32": cluster.peak_teraflops_fp32}
+        peak = peaks.get(job.precision) or cluster.peak_teraflops_16bit
+        count = flops_per_token(job)
+        return (
+            utilisation(tokens_per_second, count.full_attention, devices=job.world_size, peak_teraflops=peak),
+            utilisation(tokens_per_second, count.causal_attention, devices=job.world_size, peak_teraflops=peak),
+        )
+
     def _message(self, job: Job) -> float:
         """Seconds of one message between neighbouring stages."""
         if job.pipeline == 1:
@@ -148,27 +147,27 @@ class TimeModel:
             size /= job.tensor
         return self._links.message(size, job.tensor * job.context * job.data)
 
-    def _data_parallel(self, job: Job, stage: int, chunks: tuple[ChunkTime, ...]) -> tuple[float, float]:
-        """Exposed seconds of gradient and parameter messages, and the optimizer's, on one stage."""
+    def _data_parallel(self, job: Job, stage: int, first: ChunkTime) -> tuple[float, float]:
+        """Exposed seconds of gradient and parameter messages, and the optimizer's, on a stage with this first chunk."""
         replicas = job.data * job.context
         parameters = stage_parameters(job, stage)
         gradient = 4 if job.grads_in_fp32 else 2
         scatter = self._links.ring(gradient * parameters, replicas, job.tensor)
-        gather = self._links.ring((1 if job.precision == "fp8" else 2) * parameters, replicas, job.tensor)
-        if not job.distributed_optimizer:
-            gather = self._links.ring(gradient * parameters, replicas, job.tensor)  # an all-reduce's other half
+        # parameters, or an all-reduce's other half
+        size = 2 if job.distributed_optimizer else gradient
+        gather = self._links.ring(size * parameters, replicas, job.tensor)
         # the last chunk's last backward pass is p (v - 1) operations before the stage's last one
         steps = job.pipeline * (job.chunks - 1) + 1
         buckets = max(1.0, parameters / max(_BUCKET, 1e6 * replicas))
         if job.overlap_grad_reduce:
-            window = steps * chunks[0].backward * (1 - 1 / buckets)
+            window = steps * first.backward * (1 - 1 / buckets)
             reduced = max(scatter / buckets, scatter - window)
             if not job.distributed_optimizer:
                 gather = max(gather / buckets, gather - max(0.0, window - scatter))
         else:
             reduced = scatter
         if job.distributed_optimizer and job.overlap_param_gather:
-            gather = max(gather / buckets, gather - steps * chunks[0].forward * (1 - 1 / buckets))
+            gather = max(gather / buckets, gather - steps * first.forward * (1 - 1 / buckets))
         owned = parameters / (replicas if job.distributed_optimizer else 1)
         # Adam reads gradient, master and moments and writes all but the first; the norm reads the gradient before
         optimizer = self._device.moved(36.0 * owned + (gradient + 2.0) * parameters)
@@ -176,7 +175,11 @@ class TimeModel:
 
 
 class _Parts(NamedTuple):
+    """What jobs with equal layers share. Sums are of all kinds, seconds."""
+
     layer: Passes
+    forward: float
+    backward: float
     repeated: float
     embedding: Passes
     output: Passes
@@ -189,28 +192,35 @@ def stage_parameters(job: Job, stage: int) -> float:
     return (held + ends * job.vocab_size * job.hidden_size) / job.tensor
 
 
-def _chunk(job: Job, parts: _Parts, stage: int, chunk: int) -> Passes:
-    """One micro-batch through one chunk."""
-    count = job.layers[stage][chunk]
-    forward, backward = Seconds().plus(parts.layer.forward, count), Seconds().plus(parts.layer.backward, count)
-    again = 0.0
+def _again(job: Job, parts: _Parts, count: int) -> float:
+    """Seconds of recompute in the backward pass of a chunk of `count` layers."""
     if job.recompute == "full":
-        repeated = count if job.recompute_method == "uniform" else min(count, job.recompute_layers)
-        again = repeated * sum(parts.layer.forward)
-    elif job.recompute == "selective":
-        again = count * parts.repeated
-    backward = backward._replace(recompute=again)
-    if stage == 0 and chunk == 0:
-        forward, backward = forward.plus(parts.embedding.forward), backward.plus(parts.embedding.backward)
-    if stage == job.pipeline - 1 and chunk == job.chunks - 1:
-        forward, backward = forward.plus(parts.output.forward), backward.plus(parts.output.backward)
-    return Passes(forward, backward)
+        return (count if job.recompute_method == "uniform" else min(count, job.recompute_layers)) * parts.forward
+    return count * parts.repeated if job.recompute == "selective" else 0.0
 
 
-def _kinds(job: Job, stage: list[Passes]) -> dict[str, float]:
-    total = Seconds()
-    for passes in stage:
-        total = total.plus(passes.forward).plus(passes.backward)
+def _chunk_times(job: Job, parts: _Parts, shown: float) -> tuple[tuple[ChunkTime, ...], ...]:
+    """Seconds of one micro-batch through each [stage][chunk]."""
+    known = {
+        count: ChunkTime(count * parts.forward + shown, count * parts.backward + _again(job, parts, count) + shown)
+        for count in set().union(*job.layers)
+    }
+    stages = [[known[count] for count in stage] for stage in job.layers]
+    for stage, chunk, (forward, backward) in ((0, 0, parts.embedding), (-1, -1, parts.output)):
+        time = stages[stage][chunk]
+        stages[stage][chunk] = ChunkTime(time.forward + sum(forward), time.backward + sum(backward))
+    return tuple(map(tuple, stages))
+
+
+def _kinds(job: Job, parts: _Parts, stage: int) -> dict[str, float]:
+    """Seconds a step of what a stage computes and of the messages within its layers, by kind."""
+    count = sum(job.layers[stage])
+    total = Seconds(recompute=sum(_again(job, parts, layers) for layers in job.layers[stage]))
+    total = total.plus(parts.layer.forward, count).plus(parts.layer.backward, count)
+    if stage == 0:
+        total = total.plus(parts.embedding.forward).plus(parts.embedding.backward)
+    if stage == job.pipeline - 1:
+        total = total.plus(parts.output.forward).plus(parts.output.backward)
     return {kind: job.micro_batches * value for kind, value in total._asdict().items()}
 
 
