@@ -83,14 +83,9 @@ def fit(table: list[Row], names: tuple[str, ...] = tuple(TYPICAL), others: Const
         ]
         return np.array([*off, *(PULL * (point - typical))])
 
-    best = min(
-        (
-            least_squares(residuals, start, bounds=(0, 1), diff_step=1e-3)
-            for start in (typical, 0.5 * np.ones(len(names)))
-        ),
-        key=lambda result: result.cost,
-    )
-    return unpack(best.x)
+    starts = (typical, np.full(len(names), 0.5))
+    results = [least_squares(residuals, start, bounds=(0, 1), diff_step=1e-3) for start in starts]
+    return unpack(min(results, key=lambda result: result.cost).x)
 
 
 def leave_out(table: list[Row]) -> dict[str, dict[str, float]]:

@@ -1,8 +1,9 @@
 """The published runs as jobs: what each row's source says of its kernels, and what plausible settings a gap may hide.
 
-Errors are averaged within a configuration first (one job at several GPU counts), then within a family (one source), then
-over families. A setting that a source does not state is scored at the midpoint of the predictions of all plausible
-settings; where these span more than 10 % about their midpoint, the slowest are left out first: published runs are tuned.
+Errors are averaged within a configuration first (one job at several GPU counts), then within a family (one source),
+then over families. A setting that a source does not state is scored at the midpoint of the predictions of all plausible
+settings; where these span more than 10 % about their midpoint, the slowest are left out first: published runs are
+tuned.
 """
 
 import csv
@@ -104,7 +105,7 @@ def _choices(given: str, plausible: object) -> tuple[int, ...]:
 
 
 def _spread(layers: int, depth: int, chunks: int) -> tuple[tuple[int, ...], ...]:
-    """Layers on each [stage][chunk]. Llama-3.1-405B's 126 spread as 128, of which embedding and output layer are two."""
+    """Layers on each [stage][chunk]. Llama-3.1-405B's 126 spread as 128: embedding and output layer are two of them."""
     parts = depth * chunks
     counts = [layers // parts] * parts if layers % parts == 0 else [(layers + 2) // parts] * parts
     if layers % parts:
@@ -141,7 +142,7 @@ def _job(values: dict[str, str], micro: int, chunks: int, recompute: str) -> Job
         chunks=chunks,
         context=int(values["cp"]),
         data=int(values["dp"]),
-        sequence_parallel=tensor > 1 and (not early or "no sequence parallelism" not in values["note"] and korthikanti),
+        sequence_parallel=tensor > 1 and (not early or (korthikanti and not values["note"].startswith("no sequence"))),
         layers=_spread(int(values["num_layers"]), int(values["pp"]), chunks),
         distributed_optimizer=not early,
         overlap_grad_reduce=not early,

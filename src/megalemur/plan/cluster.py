@@ -14,7 +14,7 @@ _FOLDER = Path("launch/clusters")
 
 
 class Cluster(Section):
-    """GPUs in nodes, nodes on a network. Bandwidths are those of data sheets; what of them is reached says Constants."""
+    """GPUs in nodes, nodes on a network. Bandwidths are the data sheets'; what of them is reached says Constants."""
 
     name: str
     """As in the file's name."""
@@ -63,7 +63,7 @@ class Cluster(Section):
 
 
 def _folders(beside: Path | None) -> list[Path]:
-    """Where clusters are looked up by name: the working directory, the run file's tree, the checkout of this package."""
+    """Where clusters are looked up by name: the working directory, above the run file, the checkout of this package."""
     places = [Path.cwd(), Path(__file__).parents[3]]
     if beside is not None:
         near = Path(beside).resolve()

@@ -1,7 +1,7 @@
 """Seconds of one transformer layer, of the embedding and of the output layer with the loss, by what they are spent on.
 
-Letters: T tokens of a micro-batch on a context-parallel rank, h hidden, q and g widths of all query and key/value heads,
-f feed-forward width, V vocabulary, t tensor-parallel size. Bytes are counted kernel by kernel, two an activation.
+Letters: T tokens of a micro-batch on a context-parallel rank, h hidden, q and g widths of all query and key/value
+heads, f feed-forward width, V vocabulary, t tensor-parallel size. Bytes are counted kernel by kernel, two an activation.
 """
 
 from typing import NamedTuple
@@ -131,9 +131,9 @@ class LayerModel:
         """Bytes a token of the feed-forward's activation."""
         if not self._job.gated:
             return 4 * self._wide, 6 * self._wide
-        return (
-            (6 * self._wide, 10 * self._wide) if self._job.kernels.fused_swiglu else (10 * self._wide, 20 * self._wide)
-        )
+        if self._job.kernels.fused_swiglu:
+            return 6 * self._wide, 10 * self._wide
+        return 10 * self._wide, 20 * self._wide
 
     def _bytes(self) -> tuple[float, float]:
         """Bytes that the element-wise kernels of a layer move, forward and backward."""
@@ -213,12 +213,8 @@ class LayerModel:
         # fp32 copies: cast, maximum, shift, exponential, sum, quotient; backward scale and cast
         read, again = (12, 8) if job.kernels.fused_cross_entropy else (38, 14)
         shown = self._unit if job.sequence_parallel else 0.0
+        behind = self._hidden(2 * self._unit, weights)
         return Passes(
             Seconds(output_layer=forward + self._device.moved(read * logits) + shown),
-            Seconds(
-                output_layer=inputs
-                + weights
-                + self._device.moved(again * logits)
-                + self._hidden(2 * self._unit, weights)
-            ),
+            Seconds(output_layer=inputs + weights + self._device.moved(again * logits) + behind),
         )

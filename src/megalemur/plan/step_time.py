@@ -1,7 +1,8 @@
 """Seconds of a training step: layers on stages, the schedule over them, gradients, optimizer.
 
-The pipeline's time is either replayed operation by operation (exact) or taken from a closed form, which the search uses:
-the busiest stage's work for all micro-batches, and while the pipeline fills and drains one chunk of every other stage.
+The pipeline's time is either replayed operation by operation (exact) or taken from a closed form, which the search
+uses. Gradients travel beside the last backward pass and parameters beside the first forward pass: what outlasts them
+shows.
 """
 
 import math
