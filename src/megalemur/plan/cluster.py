@@ -19,7 +19,7 @@ class Cluster(Section):
     name: str
     """As in the file's name."""
     gpu: str
-    """The GPU's name, as people write it."""
+    """The GPU, as CUDA names it."""
     architecture: Literal["ampere", "hopper", "blackwell"]
     """Generation, which chooses the efficiency constants."""
     memory_bytes: PositiveInt

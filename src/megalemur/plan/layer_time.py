@@ -1,7 +1,8 @@
 """Seconds of one transformer layer, of the embedding and of the output layer with the loss, by what they are spent on.
 
 Letters: T tokens of a micro-batch on a context-parallel rank, h hidden, q and g widths of all query and key/value
-heads, f feed-forward width, V vocabulary, t tensor-parallel size. Bytes are counted kernel by kernel, two an activation.
+heads, f feed-forward width, V vocabulary, t tensor-parallel size. Bytes are counted kernel by kernel, two an activation
+element.
 """
 
 from typing import NamedTuple
