@@ -119,7 +119,7 @@ def _job(values: dict[str, str], micro: int, chunks: int, recompute: str) -> Job
     source, tensor = values["source"], int(values["tp"])
     early, korthikanti = values["gpu"] == "A100" and values["precision"] == "fp16", "Korthikanti" in source
     kernels = replace(_UNFUSED, tensor_overlap="backward" if korthikanti else "none") if early else _ENGINE
-    if "NeMo 24.12" in source or "megatron-core 0.8" in source:
+    if "NeMo 24." in source or "megatron-core 0.8" in source:
         kernels = replace(kernels, attention_generation=2)
     heads, hidden, vocab = int(values["heads"]), int(values["hidden_size"]), int(values["vocab"])
     multiple = 128 * tensor

@@ -30,6 +30,9 @@ class Cluster(Section):
     """fp8 tensor-core peak, dense, TFLOP/s. None: the GPU has no fp8."""
     peak_teraflops_fp32: PositiveFloat
     """fp32 peak outside the tensor cores, TFLOP/s."""
+    achievable_fraction: PositiveFloat = 1.0
+    """What products and attention reach here of what Constants expects of this architecture: below 1 where power or
+    clocks are capped. A measured step beside a planned one tells it."""
     multiprocessors: PositiveInt
     """Streaming multiprocessors of one GPU."""
     memory_gigabytes_per_second: PositiveFloat
@@ -52,7 +55,7 @@ class Cluster(Section):
         figures = {
             name
             for name in type(self).model_fields
-            if isinstance(value := getattr(self, name), (int, float)) and value is not None
+            if name in self.model_fields_set and isinstance(getattr(self, name), (int, float))
         }
         missing, strange = sorted(figures - set(self.sources)), sorted(set(self.sources) - figures)
         if missing:

@@ -42,15 +42,15 @@ class Device:
     @classmethod
     def of(cls, cluster: Cluster, constants: Constants) -> "Device":
         """The achievable speeds of a cluster's GPU."""
-        newest = constants.blackwell if cluster.architecture == "blackwell" else 1.0
-        share = constants.gemm_ampere if cluster.architecture == "ampere" else constants.gemm_hopper * newest
+        scale = cluster.achievable_fraction * (constants.blackwell if cluster.architecture == "blackwell" else 1.0)
+        share = scale * (constants.gemm_ampere if cluster.architecture == "ampere" else constants.gemm_hopper)
         peak = cluster.peak_teraflops_16bit * 1e12
         return cls(
             multiprocessors=cluster.multiprocessors,
             product_flops=peak * share,
-            fp8_flops=(cluster.peak_teraflops_fp8 or 0.0) * 1e12 * constants.gemm_fp8 * newest,
+            fp8_flops=(cluster.peak_teraflops_fp8 or 0.0) * 1e12 * constants.gemm_fp8 * scale,
             fp32_flops=cluster.peak_teraflops_fp32 * 1e12 * share,
-            attention_flops=peak * constants.attention * newest,
+            attention_flops=peak * constants.attention * scale,
             bytes_per_second=cluster.memory_gigabytes_per_second * 1e9 * constants.memory,
         )
 

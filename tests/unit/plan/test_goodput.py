@@ -117,5 +117,5 @@ def test_a_budget_is_arithmetic():
     ],
 )
 def test_nonsense_is_refused(wrong):
-    with pytest.raises(ValueError, match="must be|give|days"):
+    with pytest.raises(ValueError, match=r"must be|give|days"):
         wrong()

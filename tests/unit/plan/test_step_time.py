@@ -77,6 +77,7 @@ FASTER = {
     "tensor links": {"node_gigabytes_per_second": 900.0},
     "memory": {"memory_gigabytes_per_second": 6000.0},
     "matrix units": {"peak_teraflops_16bit": 2000.0},
+    "power": {"achievable_fraction": 1.1},
     "network": {"network_gigabytes_per_second": 100.0},
 }
 
