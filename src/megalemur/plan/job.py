@@ -41,6 +41,8 @@ class Job:
     head_dim: int
     vocab_size: int
     """Padding for this layout included."""
+    vocab_padding: int = 0
+    """Rows of it that are padding; where there are any, the loss masks them in a copy of the logits."""
     tie_embeddings: bool = False
     gated: bool = True
     """SwiGLU: three matrices in the feed-forward. False: two."""
@@ -75,7 +77,6 @@ class Job:
     def of(cls, config: RunConfig) -> "Job":
         """The job that a run file describes."""
         model, parallel, precision = config.model, config.parallel, config.precision
-        engine = model.backend == "transformer_engine"
         return cls(
             num_layers=model.num_layers,
             hidden_size=model.hidden_size,
@@ -84,6 +85,7 @@ class Job:
             num_query_groups=model.num_query_groups,
             head_dim=model.head_dim,
             vocab_size=parallel.padded_vocab(model.vocab_size),
+            vocab_padding=parallel.padded_vocab(model.vocab_size) - model.vocab_size,
             tie_embeddings=model.tie_embeddings,
             sequence_length=config.data.sequence_length,
             micro_batch_size=config.data.micro_batch_size,
@@ -105,7 +107,7 @@ class Job:
             recompute_modules=precision.recompute_modules,
             recompute_method=precision.recompute_method,
             recompute_layers=precision.recompute_layers,
-            kernels=Kernels(fused_norm=engine),
+            kernels=Kernels(fused_norm=True),
         )
 
     @property
