@@ -101,15 +101,18 @@ def moments(stage: int, *, pipeline: int, chunks: int, micro_batches: int) -> It
         held[op.chunk] += -1 if op.backward else 1
 
 
+def enough_micro_batches(pipeline: int, chunks: int, micro_batches: int) -> int:
+    """Micro-batches of a step that has every moment of one with `micro_batches`: the steady state repeats itself."""
+    return min(micro_batches, pipeline + 1 if chunks == 1 else 3 * pipeline)
+
+
 @lru_cache(maxsize=8192)
 def fullest_moments(stage: int, pipeline: int, chunks: int, micro_batches: int) -> tuple[Moment, ...]:
-    """The moments of which one is the peak, whatever a chunk keeps: none of them holds less of every chunk than another.
-
-    The steady state repeats itself, so the first micro-batches of a long step have them all.
+    """The moments of which one is the peak, whatever a chunk keeps: none holds less of every chunk than another.
     """
-    enough = pipeline + 1 if chunks == 1 else 3 * pipeline
+    enough = enough_micro_batches(pipeline, chunks, micro_batches)
     best: dict[tuple[bool, int], list[Moment]] = {}
-    for moment in moments(stage, pipeline=pipeline, chunks=chunks, micro_batches=min(micro_batches, enough)):
+    for moment in moments(stage, pipeline=pipeline, chunks=chunks, micro_batches=enough):
         rivals = best.setdefault((moment.op.backward, moment.op.chunk), [])
         if any(_covers(rival.held, moment.held) for rival in rivals):
             continue
