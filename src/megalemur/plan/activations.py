@@ -166,7 +166,7 @@ def _norm_backward(s: _Sizes, *, residual: bool) -> Events:
 
 
 def _row_parallel(s: _Sizes) -> Events:
-    """Product with a matrix split by columns, summed over the ranks, added to the residual stream."""
+    """Product with a matrix split by columns, summed over the ranks, added to the residual stream, which is new then."""
     product = [s.gathered, s.hidden, -s.gathered] if s.sequence_parallel else [s.gathered]
     return [*product, s.hidden, -s.hidden]
 
@@ -295,7 +295,7 @@ def _layer(job: Job, s: _Sizes) -> Unit:
     """One layer that keeps its activations. Its input is held while it runs and, where norms keep it, after that."""
     # a norm that keeps its input keeps the stream before attention and the one before the feed-forward
     kept_stream = s.hidden if s.keeps_stream else 0
-    forward = [s.hidden, *_attention(job, s), s.hidden, *_feed_forward(job, s), s.hidden]
+    forward = [s.hidden, *_attention(job, s), *_feed_forward(job, s)]
     forward += [kept_stream - s.hidden, kept_stream - s.hidden, -s.hidden]
     backward = [s.hidden, *_feed_forward_backward(job, s), *_attention_backward(job, s), -s.hidden]
     return Unit("layer", sum(forward), _peak(forward), _peak(backward))
