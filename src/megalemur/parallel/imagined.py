@@ -68,6 +68,7 @@ def imagined_rank(parallel: ParallelConfig, rank: int) -> Iterator[dict[str, str
             yield _names()
     finally:
         leave()
+        parallel_state._EMBEDDING_GLOBAL_RANKS = None  # left standing, and the next rank is another
 
 
 def _names() -> dict[str, str]:
@@ -78,7 +79,7 @@ def _names() -> dict[str, str]:
         "pipeline": parallel_state.get_pipeline_model_parallel_group(),
         "tensor": parallel_state.get_tensor_model_parallel_group(),
     }
-    if parallel_state.is_rank_in_embedding_group():
+    if parallel_state.get_embedding_group(check_initialized=False) is not None:
         groups["embedding"] = parallel_state.get_embedding_group()
     return {group.group_name: name for name, group in groups.items()}
 

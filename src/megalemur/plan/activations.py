@@ -301,12 +301,14 @@ def _layer(job: Job, s: _Sizes) -> Unit:
     return Unit("layer", sum(forward), _peak(forward), _peak(backward))
 
 
-def _recomputed(s: _Sizes, layer: Unit, layers: int) -> Unit:
+def _recomputed(job: Job, s: _Sizes, layer: Unit, layers: int) -> Unit:
     """Layers whose activations are computed again in one go; only their input stays."""
-    # without gradients a layer's tensors go as soon as they are read, so no more than one layer's are there at once
-    forward = s.hidden + layer.forward
-    again = (layers - 1) * layer.kept + layer.forward
-    backward = layers * layer.kept + s.hidden + layer.backward  # with the recomputed output
+    # without gradients a tensor goes as soon as nothing reads it any more, so one layer's feed-forward is the most
+    alone = [*_activation(job, s), s.ffn - sum(_activation(job, s)), *_row_parallel(s)]
+    forward = max(s.hidden + _peak(_attention(job, s)), 3 * s.hidden + _peak(alone))
+    same = s.hidden if s.keeps_stream else 0  # the first norm keeps the input, which is there already
+    again = (layers - 1) * layer.kept + layer.forward - s.hidden
+    backward = layers * layer.kept + s.hidden + layer.backward - same  # with the recomputed output
     return Unit("recomputed layer", s.hidden, forward, max(again, backward))
 
 
@@ -345,9 +347,9 @@ def _layers(job: Job, s: _Sizes, count: int) -> list[Run]:
     if job.recompute != "full":
         return [Run(count, layer)]
     if job.recompute_method == "uniform":
-        return [Run(count // job.recompute_layers, _recomputed(s, layer, job.recompute_layers))]
+        return [Run(count // job.recompute_layers, _recomputed(job, s, layer, job.recompute_layers))]
     again = min(job.recompute_layers, count)
-    return [Run(again, _recomputed(s, layer, 1)), Run(count - again, layer)]
+    return [Run(again, _recomputed(job, s, layer, 1)), Run(count - again, layer)]
 
 
 @lru_cache(maxsize=4096)
@@ -361,19 +363,24 @@ def chunk_of(job: Job, layers: int, first: bool, last: bool) -> Chunk:
         last: it ends with the output layer and the loss.
     """
     s = _sizes(job)
-    runs = [run for run in _layers(job, s, layers) if run.count]
-    received = s.hidden if not first and not s.keeps_stream and job.recompute != "full" else 0
-    if first:
-        runs.insert(0, Run(1, _embedding(job, s)))
-    if last:
-        runs.append(Run(1, _output(job, s)))
-    tied = s.weight_table if first and last and job.tie_embeddings else 0
-    held, forward, forward_unit = received, 0, ""
-    for count, unit in runs:
-        peak = held + (count - 1) * unit.kept + unit.forward
+    layer_runs = [run for run in _layers(job, s, layers) if run.count]
+    runs = [
+        *([Run(1, _embedding(job, s))] if first else []),
+        *layer_runs,
+        *([Run(1, _output(job, s))] if last else []),
+    ]
+    # the schedule holds what a chunk received, and the forward pass its embedding; where layers keep it, they count it
+    given = 0 if s.keeps_stream or job.recompute == "full" else s.hidden
+    held, forward, forward_unit = given, 0, ""
+    for run in runs:
+        count, unit = run
+        alone = unit.forward - (given if run is layer_runs[0] else 0)  # its input is what was given
+        peak = held + max(alone, (count - 1) * unit.kept + unit.forward if count > 1 else 0)
         held += count * unit.kept
         if peak > forward:
             forward, forward_unit = peak, unit.name
+    held -= given if first else 0
+    tied = s.weight_table if first and last and job.tie_embeddings else 0
     kept, backward, backward_unit = held, 0, ""
     for count, unit in reversed(runs):
         peak = held - kept + unit.backward + (0 if unit.name == "output layer" else tied)

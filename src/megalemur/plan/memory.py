@@ -157,10 +157,20 @@ def _buffers(job: Job, parameters: int) -> int:
 
 
 def _messages(job: Job, stage: int, op: Op) -> int:
-    """Pipeline messages that lie ready besides what the operation itself needs."""
-    if job.pipeline == 1 or (job.chunks == 1 and not op.backward):
+    """Pipeline messages and gradients of the operations before that megatron-core's schedule still holds.
+
+    Counted in traces; they are few, and no more than one micro-batch's input each.
+    """
+    if job.pipeline == 1:
         return 0
-    return message_bytes(job) if job.chunks > 1 else 0
+    first, last = stage == 0, stage == job.pipeline - 1
+    if job.chunks == 1:
+        count = (not first) if op.backward else 1 if first else 2 if last else 3
+    elif last:
+        count = 1 if op.chunk == job.chunks - 1 else 4
+    else:
+        count = 2
+    return count * message_bytes(job)
 
 
 def _level(job: Job, stage: int, chunks: tuple[Chunk, ...], moment: Moment) -> int:
