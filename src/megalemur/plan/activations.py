@@ -399,5 +399,5 @@ def message_bytes(job: Job) -> int:
 def standing_buffers(job: Job) -> int:
     """Bytes that stay between micro-batches: the buffer into which sequence parallelism gathers, and rotary angles."""
     s = _sizes(job)
-    angles = 4 * job.sequence_length * job.head_dim
+    angles = 4 * job.sequence_length * job.head_dim * job.chunks  # each chunk computes its own
     return (s.gathered if s.sequence_parallel else 0) + angles
