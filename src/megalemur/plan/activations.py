@@ -39,11 +39,9 @@ class Run(NamedTuple):
     unit: Unit
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """What one chunk of a stage keeps a micro-batch, and its peaks."""
 
-    runs: tuple[Run, ...]
     kept: int
     """Bytes a micro-batch from the end of its forward pass to its backward pass."""
     forward: int
@@ -103,9 +101,17 @@ class _Sizes:
         return self.fused_norm or self.element == 4
 
 
+def _element(job: Job) -> int:
+    return 4 if job.precision == "fp32" else 2
+
+
+def _stream_split(job: Job) -> int:
+    """Ranks over which sequence parallelism splits the residual stream."""
+    return job.tensor if job.sequence_parallel else 1
+
+
 def _sizes(job: Job) -> _Sizes:
-    e, t, tensor = (4 if job.precision == "fp32" else 2), job.tokens_per_rank, job.tensor
-    share = tensor if job.sequence_parallel else 1
+    e, t, tensor, share = _element(job), job.tokens_per_rank, job.tensor, _stream_split(job)
     head, h = job.head_dim, job.hidden_size
     replicated = job.num_query_groups < tensor
     query = job.num_attention_heads * head
@@ -388,12 +394,12 @@ def chunk_of(job: Job, layers: int, first: bool, last: bool) -> Chunk:
         if peak > backward:
             backward, backward_unit = peak, unit.name
     logits = s.logits + s.softmax if last else 0
-    return Chunk(tuple(runs), kept, forward, forward_unit, backward, backward_unit, logits)
+    return Chunk(kept, forward, forward_unit, backward, backward_unit, logits)
 
 
 def message_bytes(job: Job) -> int:
     """One pipeline message: the residual stream of a micro-batch on this rank, or its gradient."""
-    return _sizes(job).hidden
+    return _element(job) * job.tokens_per_rank * job.hidden_size // _stream_split(job)
 
 
 def standing_buffers(job: Job) -> int:

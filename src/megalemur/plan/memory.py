@@ -9,6 +9,7 @@ is padded, the last tensor-parallel rank is meant, which holds the padding).
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import mul
 from typing import NamedTuple
 
 from megalemur.plan.activations import Chunk, chunk_of, message_bytes, standing_buffers
@@ -78,7 +79,7 @@ class StageMemory:
 
 
 class Moment(NamedTuple):
-    """An operation of a stage and the micro-batches held in each chunk while it runs (a forward one's own not yet)."""
+    """An operation of a stage, and the micro-batches held in each chunk, or kind of chunk, when it begins."""
 
     op: Op
     held: tuple[int, ...]
@@ -107,16 +108,28 @@ def enough_micro_batches(pipeline: int, chunks: int, micro_batches: int) -> int:
 
 
 @lru_cache(maxsize=8192)
-def fullest_moments(stage: int, pipeline: int, chunks: int, micro_batches: int) -> tuple[Moment, ...]:
-    """The moments of which one is the peak, whatever a chunk keeps: none holds less of every chunk than another.
+def fullest_moments(
+    stage: int, pipeline: int, chunks: int, micro_batches: int, kinds: tuple[int, ...]
+) -> tuple[Moment, ...]:
+    """The moments of which one is the peak, whatever a micro-batch keeps: none holds less of each kind than another.
+
+    Args:
+        stage: number of the stage.
+        pipeline: p.
+        chunks: v.
+        micro_batches: m.
+        kinds: of each chunk; chunks of one kind are alike, and what is held of them is added up.
     """
     enough = enough_micro_batches(pipeline, chunks, micro_batches)
     best: dict[tuple[bool, int], list[Moment]] = {}
-    for moment in moments(stage, pipeline=pipeline, chunks=chunks, micro_batches=enough):
-        rivals = best.setdefault((moment.op.backward, moment.op.chunk), [])
-        if any(_covers(rival.held, moment.held) for rival in rivals):
-            continue
-        rivals[:] = [rival for rival in rivals if not _covers(moment.held, rival.held)] + [moment]
+    for op, held in moments(stage, pipeline=pipeline, chunks=chunks, micro_batches=enough):
+        by_kind = [0] * (max(kinds) + 1)
+        for count, kind in zip(held, kinds, strict=True):
+            by_kind[kind] += count
+        moment = Moment(op, tuple(by_kind))
+        rivals = best.setdefault((op.backward, kinds[op.chunk]), [])
+        if not any(_covers(rival.held, moment.held) for rival in rivals):
+            rivals[:] = [rival for rival in rivals if not _covers(moment.held, rival.held)] + [moment]
     return tuple(moment for rivals in best.values() for moment in rivals)
 
 
@@ -157,33 +170,48 @@ def _buffers(job: Job, parameters: int) -> int:
 
 
 def _messages(job: Job, stage: int, op: Op) -> int:
-    """Pipeline messages and gradients of the operations before that megatron-core's schedule still holds.
+    """Pipeline messages, and gradients of the operation before, that megatron-core's schedule still holds meanwhile.
 
-    Counted in traces; they are few, and no more than one micro-batch's input each.
+    Each as large as the input of a micro-batch; counted in traces.
     """
     if job.pipeline == 1:
         return 0
     first, last = stage == 0, stage == job.pipeline - 1
     if job.chunks == 1:
-        count = (not first) if op.backward else 1 if first else 2 if last else 3
-    elif last:
-        count = 1 if op.chunk == job.chunks - 1 else 4
-    else:
-        count = 2
-    return count * message_bytes(job)
+        if op.backward:
+            return 0 if first else 1
+        return 1 if first else 2 if last else 3
+    if last:
+        return 1 if op.chunk == job.chunks - 1 else 4
+    return 2
 
 
-def _level(job: Job, stage: int, chunks: tuple[Chunk, ...], moment: Moment) -> int:
-    """Peak of activations while an operation runs."""
-    own = chunks[moment.op.chunk]
-    held = sum(count * chunk.kept for count, chunk in zip(moment.held, chunks, strict=True))
-    return held + (own.backward if moment.op.backward else own.forward) + _messages(job, stage, moment.op)
+class _Peak(NamedTuple):
+    level: int
+    held: int
+    op: Op
+    chunk: Chunk
+    in_flight: int
 
 
-def _peak_moment(job: Job, stage: int) -> tuple[int, Moment]:
+def _level(job: Job, stage: int, op: Op, own: Chunk, held: int) -> int:
+    """Peak of activations while an operation runs, above `held` bytes of all micro-batches in flight."""
+    return held + (own.backward if op.backward else own.forward) + _messages(job, stage, op) * message_bytes(job)
+
+
+def _peak(job: Job, stage: int) -> _Peak:
     chunks = chunks_of(job, stage)
-    found = fullest_moments(stage, job.pipeline, job.chunks, job.micro_batches)
-    return max(((_level(job, stage, chunks, moment), moment) for moment in found), key=lambda pair: pair[0])
+    alike: dict[Chunk, int] = {}
+    kinds = tuple(alike.setdefault(chunk, len(alike)) for chunk in chunks)
+    kept = [chunk.kept for chunk in alike]
+    best: _Peak | None = None
+    for op, counts in fullest_moments(stage, job.pipeline, job.chunks, job.micro_batches, kinds):
+        held, own = sum(map(mul, counts, kept)), chunks[op.chunk]
+        level = _level(job, stage, op, own, held)
+        if best is None or level > best.level:
+            best = _Peak(level, held, op, own, sum(counts) + (not op.backward))
+    assert best is not None, "a step has operations"
+    return best
 
 
 def memory_of(job: Job, *, cluster_memory: int | None = None) -> tuple[StageMemory, ...]:
@@ -197,13 +225,11 @@ def memory_of(job: Job, *, cluster_memory: int | None = None) -> tuple[StageMemo
 
 
 def _stage_memory(job: Job, stage: int, capacity: int | None) -> StageMemory:
-    count, chunks = stage_parameters(job, stage), chunks_of(job, stage)
+    count = stage_parameters(job, stage)
     parameters, gradients, optimizer = _state(job, count)
-    level, moment = _peak_moment(job, stage)
-    held = sum(n * chunk.kept for n, chunk in zip(moment.held, chunks, strict=True))
-    own = chunks[moment.op.chunk]
-    unit = own.backward_unit if moment.op.backward else own.forward_unit
-    logits = min(own.logits, level - held) if unit == "output layer" else 0
+    peak = _peak(job, stage)
+    unit = peak.chunk.backward_unit if peak.op.backward else peak.chunk.forward_unit
+    logits = min(peak.chunk.logits, peak.level - peak.held) if unit == "output layer" else 0
     return StageMemory(
         stage=stage,
         layers=job.layers[stage],
@@ -211,13 +237,13 @@ def _stage_memory(job: Job, stage: int, capacity: int | None) -> StageMemory:
         parameters=parameters,
         gradients=gradients,
         optimizer=optimizer,
-        activations=held,
+        activations=peak.held,
         logits=logits,
-        working=level - held - logits,
+        working=peak.level - peak.held - logits,
         buffers=_buffers(job, count),
-        slack=int(SLACK * level) + CONTEXT_BYTES,
-        in_flight=sum(moment.held) + (not moment.op.backward),
-        peak_op=moment.op,
+        slack=int(SLACK * peak.level) + CONTEXT_BYTES,
+        in_flight=peak.in_flight,
+        peak_op=peak.op,
         peak_unit=unit,
         capacity=capacity,
     )
@@ -237,16 +263,16 @@ def peak_memory(job: Job) -> int:
 
 def _total(job: Job, stage: int) -> int:
     count = stage_parameters(job, stage)
-    level = _peak_moment(job, stage)[0]
+    level = _peak(job, stage).level
     return sum(_state(job, count)) + _buffers(job, count) + level + int(SLACK * level) + CONTEXT_BYTES
 
 
 def memory_timeline(job: Job, stage: int) -> tuple[Point, ...]:
     """Activations of a stage around each of its operations, in their order."""
     chunks, points = chunks_of(job, stage), []
-    for moment in moments(stage, pipeline=job.pipeline, chunks=job.chunks, micro_batches=job.micro_batches):
-        before = sum(n * chunk.kept for n, chunk in zip(moment.held, chunks, strict=True))
-        kept = chunks[moment.op.chunk].kept
-        after = before - kept if moment.op.backward else before + kept
-        points.append(Point(moment.op, before, _level(job, stage, chunks, moment), after))
+    for op, counts in moments(stage, pipeline=job.pipeline, chunks=job.chunks, micro_batches=job.micro_batches):
+        own = chunks[op.chunk]
+        before = sum(count * chunk.kept for count, chunk in zip(counts, chunks, strict=True))
+        after = before - own.kept if op.backward else before + own.kept
+        points.append(Point(op, before, _level(job, stage, op, own, before), after))
     return tuple(points)
