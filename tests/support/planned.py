@@ -100,3 +100,18 @@ def differing(found: list[Found], tolerance: float) -> list[str]:
         if one.trace.parameter_count != one.planned.parameter_count or abs(one.flops_error) > 1e-9:
             problems.append(f"parameters or FLOPs: {where}")
     return problems
+
+
+def trace_runs(runs: list[tuple[RunConfig, bool]]) -> list[Found]:
+    """Dry-run every stage of several runs, each with fused norms or without; what a process of a test does."""
+    return [found for config, fused_norm in runs for found in all_stages(config, fused_norm)]
+
+
+def peak_of_tensors(config: RunConfig, steps: int) -> int:
+    """Bytes of tensors at the highest moment of some real training steps on this rank."""
+    from megalemur.plan.traced import Tracer
+    from tests.support.training import start, take_steps
+
+    with Tracer() as tracer:
+        take_steps(start(config), steps)
+    return tracer.peak

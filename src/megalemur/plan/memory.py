@@ -83,6 +83,9 @@ class Moment(NamedTuple):
 
     op: Op
     held: tuple[int, ...]
+    messages: int
+    """Messages, and gradients of operations before, that the schedule still holds; each as large as a micro-batch's
+    input."""
 
 
 class Point(NamedTuple):
@@ -96,15 +99,49 @@ class Point(NamedTuple):
 
 def moments(stage: int, *, pipeline: int, chunks: int, micro_batches: int) -> Iterator[Moment]:
     """Every operation of a stage in its order, with what is held."""
-    held = [0] * chunks
-    for op in order(stage, pipeline=pipeline, chunks=chunks, micro_batches=micro_batches):
-        yield Moment(op, tuple(held))
+    held, returned = [0] * chunks, False
+    ops = order(stage, pipeline=pipeline, chunks=chunks, micro_batches=micro_batches)
+    for number, op in enumerate(ops):
+        beside = ops[number - 1] if op.backward else ops[min(number + 1, len(ops) - 1)]
+        paired = beside if beside.backward != op.backward else None
+        messages = 0
+        if returned:
+            messages = _messages(op, paired, stage, pipeline, chunks)
+        elif paired is not None and chunks > 1 and stage < pipeline - 1:
+            messages = 1
+        yield Moment(op, tuple(held), messages)
         held[op.chunk] += -1 if op.backward else 1
+        returned |= op.backward
+
+
+def _messages(op: Op, paired: Op | None, stage: int, pipeline: int, chunks: int) -> int:
+    """Messages that megatron-core's schedule holds beside an operation's own input and gradient.
+
+    They are those of the operations before, so there are none until a backward operation has run. Read off traces of
+    every operation of small pipelines.
+
+    Args:
+        op: the operation.
+        paired: the one that the steady state runs with it, forward first; None while warming up or cooling down.
+        stage: number of the stage.
+        pipeline: p.
+        chunks: v.
+    """
+    first, last = stage == 0, stage == pipeline - 1
+    if pipeline == 1:
+        return 0
+    if chunks == 1:
+        if op.backward:
+            return 0 if first else 1
+        return 1 if first else 2 if last else 3
+    if all(one.chunk < chunks - 1 for one in (op, paired) if one is not None):
+        return 4
+    return 1 if last else 2
 
 
 def enough_micro_batches(pipeline: int, chunks: int, micro_batches: int) -> int:
     """Micro-batches of a step that has every moment of one with `micro_batches`: the steady state repeats itself."""
-    return min(micro_batches, pipeline + 1 if chunks == 1 else 3 * pipeline)
+    return min(micro_batches, pipeline + 2 if chunks == 1 else 3 * pipeline)
 
 
 @lru_cache(maxsize=8192)
@@ -122,19 +159,19 @@ def fullest_moments(
     """
     enough = enough_micro_batches(pipeline, chunks, micro_batches)
     best: dict[tuple[bool, int], list[Moment]] = {}
-    for op, held in moments(stage, pipeline=pipeline, chunks=chunks, micro_batches=enough):
+    for op, held, messages in moments(stage, pipeline=pipeline, chunks=chunks, micro_batches=enough):
         by_kind = [0] * (max(kinds) + 1)
         for count, kind in zip(held, kinds, strict=True):
             by_kind[kind] += count
-        moment = Moment(op, tuple(by_kind))
+        moment = Moment(op, tuple(by_kind), messages)
         rivals = best.setdefault((op.backward, kinds[op.chunk]), [])
-        if not any(_covers(rival.held, moment.held) for rival in rivals):
-            rivals[:] = [rival for rival in rivals if not _covers(moment.held, rival.held)] + [moment]
+        if not any(_covers(rival, moment) for rival in rivals):
+            rivals[:] = [rival for rival in rivals if not _covers(moment, rival)] + [moment]
     return tuple(moment for rivals in best.values() for moment in rivals)
 
 
-def _covers(held: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    return all(a >= b for a, b in zip(held, other, strict=True))
+def _covers(one: Moment, other: Moment) -> bool:
+    return one.messages >= other.messages and all(a >= b for a, b in zip(one.held, other.held, strict=True))
 
 
 def chunks_of(job: Job, stage: int) -> tuple[Chunk, ...]:
@@ -169,23 +206,6 @@ def _buffers(job: Job, parameters: int) -> int:
     return standing_buffers(job) + weights
 
 
-def _messages(job: Job, stage: int, op: Op) -> int:
-    """Pipeline messages, and gradients of the operation before, that megatron-core's schedule still holds meanwhile.
-
-    Each as large as the input of a micro-batch; counted in traces.
-    """
-    if job.pipeline == 1:
-        return 0
-    first, last = stage == 0, stage == job.pipeline - 1
-    if job.chunks == 1:
-        if op.backward:
-            return 0 if first else 1
-        return 1 if first else 2 if last else 3
-    if last:
-        return 1 if op.chunk == job.chunks - 1 else 4
-    return 2
-
-
 class _Peak(NamedTuple):
     level: int
     held: int
@@ -194,9 +214,10 @@ class _Peak(NamedTuple):
     in_flight: int
 
 
-def _level(job: Job, stage: int, op: Op, own: Chunk, held: int) -> int:
+def _level(job: Job, moment: Moment, own: Chunk, held: int) -> int:
     """Peak of activations while an operation runs, above `held` bytes of all micro-batches in flight."""
-    return held + (own.backward if op.backward else own.forward) + _messages(job, stage, op) * message_bytes(job)
+    inside = own.backward if moment.op.backward else own.forward
+    return held + inside + moment.messages * message_bytes(job)
 
 
 def _peak(job: Job, stage: int) -> _Peak:
@@ -205,11 +226,11 @@ def _peak(job: Job, stage: int) -> _Peak:
     kinds = tuple(alike.setdefault(chunk, len(alike)) for chunk in chunks)
     kept = [chunk.kept for chunk in alike]
     best: _Peak | None = None
-    for op, counts in fullest_moments(stage, job.pipeline, job.chunks, job.micro_batches, kinds):
-        held, own = sum(map(mul, counts, kept)), chunks[op.chunk]
-        level = _level(job, stage, op, own, held)
+    for moment in fullest_moments(stage, job.pipeline, job.chunks, job.micro_batches, kinds):
+        op, held, own = moment.op, sum(map(mul, moment.held, kept)), chunks[moment.op.chunk]
+        level = _level(job, moment, own, held)
         if best is None or level > best.level:
-            best = _Peak(level, held, op, own, sum(counts) + (not op.backward))
+            best = _Peak(level, held, op, own, sum(moment.held) + (not op.backward))
     assert best is not None, "a step has operations"
     return best
 
@@ -270,9 +291,9 @@ def _total(job: Job, stage: int) -> int:
 def memory_timeline(job: Job, stage: int) -> tuple[Point, ...]:
     """Activations of a stage around each of its operations, in their order."""
     chunks, points = chunks_of(job, stage), []
-    for op, counts in moments(stage, pipeline=job.pipeline, chunks=job.chunks, micro_batches=job.micro_batches):
-        own = chunks[op.chunk]
-        before = sum(count * chunk.kept for count, chunk in zip(counts, chunks, strict=True))
+    for moment in moments(stage, pipeline=job.pipeline, chunks=job.chunks, micro_batches=job.micro_batches):
+        op, own = moment.op, chunks[moment.op.chunk]
+        before = sum(count * chunk.kept for count, chunk in zip(moment.held, chunks, strict=True))
         after = before - own.kept if op.backward else before + own.kept
-        points.append(Point(op, before, _level(job, stage, op, own, before), after))
+        points.append(Point(op, before, _level(job, moment, own, before), after))
     return tuple(points)
