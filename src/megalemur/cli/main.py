@@ -62,6 +62,27 @@ def show_config(run_file: RunFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+@reported
+def plan(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="build and run chosen ranks on fake tensors")] = False,
+    ranks: Annotated[str | None, typer.Option(help="of the dry run, as in 0,7,last; unset: 0,last")] = None,
+    all_classes: Annotated[bool, typer.Option("--all-classes", help="dry-run a rank of every stage")] = False,
+) -> None:
+    """Say what a run needs, from the file that launches it. Without --dry-run no torch is needed."""
+    from rich.console import Console
+
+    from megalemur.config.load import load_run
+    from megalemur.plan.memory_table import print_dry_run, print_memory
+
+    config, console = load_run(run_file, overrides or ()), Console()
+    print_memory(config, console)
+    if dry_run:
+        print_dry_run(config, console, ranks=ranks, all_classes=all_classes)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of a run file, for editors."""
     import orjson

@@ -54,6 +54,8 @@ class Job:
     """Padding for this layout included."""
     true_vocab_size: int | None = None
     """Without padding, for MFU. None: vocab_size has none."""
+    vocab_padding: int = 0
+    """Rows of it that are padding; where there are any, the loss masks them in a copy of the logits."""
     tie_embeddings: bool = False
     gated: bool = True
     """SwiGLU: three matrices in the feed-forward. False: two."""
@@ -88,7 +90,6 @@ class Job:
     def of(cls, config: RunConfig) -> "Job":
         """The job that a run file describes."""
         model, parallel, precision = config.model, config.parallel, config.precision
-        engine = model.backend == "transformer_engine"
         return cls(
             num_layers=model.num_layers,
             hidden_size=model.hidden_size,
@@ -98,6 +99,7 @@ class Job:
             head_dim=model.head_dim,
             vocab_size=parallel.padded_vocab(model.vocab_size),
             true_vocab_size=model.vocab_size,
+            vocab_padding=parallel.padded_vocab(model.vocab_size) - model.vocab_size,
             tie_embeddings=model.tie_embeddings,
             sequence_length=config.data.sequence_length,
             micro_batch_size=config.data.micro_batch_size,
