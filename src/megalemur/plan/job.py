@@ -90,6 +90,7 @@ class Job:
     def of(cls, config: RunConfig) -> "Job":
         """The job that a run file describes."""
         model, parallel, precision = config.model, config.parallel, config.precision
+        engine = model.backend == "transformer_engine"
         return cls(
             num_layers=model.num_layers,
             hidden_size=model.hidden_size,
