@@ -64,22 +64,46 @@ def show_config(run_file: RunFile, overrides: Overrides = None) -> None:
 @app.command()
 @reported
 def plan(
-    run_file: RunFile,
+    run_file: Annotated[Path | None, typer.Argument(help="run file (YAML)", show_default=False)] = None,
     overrides: Overrides = None,
+    cluster: Annotated[str, typer.Option(help="a file of launch/clusters, or the path of one")] = "h100_sxm",
+    search: Annotated[bool, typer.Option("--search", help="rank all layouts")] = False,
+    gpus: Annotated[int | None, typer.Option(min=1, help="of the search; unset: as in the run file")] = None,
+    write: Annotated[Path | None, typer.Option(help="write the fastest layout's run file")] = None,
+    html: Annotated[Path | None, typer.Option(help="write a page with charts")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON and nothing else")] = False,
+    json_schema: Annotated[bool, typer.Option("--json-schema", help="print the schema of --json")] = False,
+    failures: Annotated[float, typer.Option(min=0, help="failures a GPU and year")] = 0.17,
+    disk: Annotated[float, typer.Option(min=0, help="GB/s that the file system takes from all ranks")] = 5.0,
+    restart: Annotated[float, typer.Option(min=0, help="seconds from a failure until training goes on")] = 600.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="build and run chosen ranks on fake tensors")] = False,
     ranks: Annotated[str | None, typer.Option(help="of the dry run, as in 0,7,last; unset: 0,last")] = None,
     all_classes: Annotated[bool, typer.Option("--all-classes", help="dry-run a rank of every stage")] = False,
 ) -> None:
-    """Say what a run needs, from the file that launches it. Without --dry-run no torch is needed."""
-    from rich.console import Console
+    """Say what a run needs, takes and costs, from the file that launches it. Without --dry-run no torch is needed."""
+    from megalemur.plan.ask import Question, answer, print_schema
 
-    from megalemur.config.load import load_run
-    from megalemur.plan.memory_table import print_dry_run, print_memory
-
-    config, console = load_run(run_file, overrides or ()), Console()
-    print_memory(config, console)
-    if dry_run:
-        print_dry_run(config, console, ranks=ranks, all_classes=all_classes)
+    if json_schema:
+        return print_schema()
+    if run_file is None:
+        raise typer.BadParameter("a run file is needed", param_hint="RUN_FILE")
+    question = Question(
+        run_file=run_file,
+        overrides=tuple(overrides or ()),
+        cluster=cluster,
+        search=search,
+        gpus=gpus,
+        write=write,
+        html=html,
+        as_json=as_json,
+        failures_per_gpu_year=failures,
+        disk_bytes_per_second=disk * 1e9,
+        restart_seconds=restart,
+        dry_run=dry_run,
+        ranks=ranks,
+        all_classes=all_classes,
+    )
+    raise typer.Exit(exit_codes.DONE if answer(question) else exit_codes.DOES_NOT_FIT)
 
 
 @app.command()
