@@ -177,9 +177,7 @@ def _saves(plan: Plan) -> SavesPart:
 
 
 def _layout(candidate: Candidate) -> LayoutPart:
-    return LayoutPart(
-        seconds=candidate.seconds, peak_bytes=candidate.peak_bytes, overrides=overrides(candidate.job)
-    )
+    return LayoutPart(seconds=candidate.seconds, peak_bytes=candidate.peak_bytes, overrides=overrides(candidate.job))
 
 
 def _search(better: Better) -> SearchPart:

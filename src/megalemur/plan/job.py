@@ -122,9 +122,7 @@ class Job:
             recompute_modules=precision.recompute_modules,
             recompute_method=precision.recompute_method,
             recompute_layers=precision.recompute_layers,
-            kernels=Kernels(
-                fused_norm=True, context_parallel=engine, attention_generation=3 if engine else 2
-            ),
+            kernels=Kernels(fused_norm=True, context_parallel=engine, attention_generation=3 if engine else 2),
         )
 
     @property

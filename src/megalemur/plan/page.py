@@ -19,7 +19,7 @@ _COLOURS: dict[Kind, str] = {
     "forward": "#4c8fd6",
     "backward": "#57a773",
     "message": "#e0a030",
-    "bubble": "#d8d8d8",
+    "bubble": "rgba(128,128,128,0.3)",
     "gradients": "#b465b4",
     "optimizer": "#d0605e",
 }
@@ -89,7 +89,9 @@ def _section(title: str, says: str) -> str:
 
 
 def _facts(plan: Plan) -> str:
-    rows = "\n".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in facts(plan))
+    rows = "\n".join(
+        f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in facts(plan)
+    )
     return f'<table id="facts">\n{rows}\n</table>'
 
 
@@ -101,9 +103,11 @@ def _drawn(figure: go.Figure, name: str, height: int) -> str:
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": "system-ui, sans-serif", "size": 13},
-        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0},
+        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0, "traceorder": "normal"},
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": "#999"},
     )
-    config = {"displaylogo": False, "responsive": True}
+    unused = ["lasso2d", "select2d", "zoomIn2d", "zoomOut2d", "autoScale2d"]
+    config = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": unused}
     return figure.to_html(full_html=False, include_plotlyjs=False, div_id=name, config=config)
 
 
@@ -118,14 +122,17 @@ def _gantt(plan: Plan) -> Iterable[str]:
     figure = make_subplots(cols=len(drawn.panels), shared_yaxes=True, horizontal_spacing=0.02)
     shown = {bar.kind for bar in chain.from_iterable(drawn.panels)}
     for kind in (kind for kind in _COLOURS if kind in shown):
+        named = False
         for column, panel in enumerate(drawn.panels, start=1):
             bars = [bar for bar in panel if bar.kind == kind]
+            if not bars:
+                continue
             figure.add_trace(
                 go.Bar(
                     orientation="h",
                     name=_NAMES[kind],
                     legendgroup=kind,
-                    showlegend=column == 1,
+                    showlegend=not named,
                     marker={"color": _COLOURS[kind], "line": {"width": 0.5, "color": "rgba(255,255,255,0.6)"}},
                     y=[bar.stage for bar in bars],
                     base=[bar.start for bar in bars],
@@ -136,6 +143,7 @@ def _gantt(plan: Plan) -> Iterable[str]:
                 row=1,
                 col=column,
             )
+            named = True
     for column, edges in enumerate(drawn.ranges, start=1):
         figure.update_xaxes(range=list(edges), title="seconds", zeroline=False, row=1, col=column)
     figure.update_yaxes(_stage_axis(plan.job.pipeline))
@@ -154,9 +162,7 @@ def _memory(plan: Plan) -> Iterable[str]:
     for (name, fields, _), colour in zip(MEMORY_KINDS, _MEMORY_COLOURS, strict=True):
         sizes = [part_bytes(stage, fields) / _GB for stage in plan.memory]
         hover = [f"stage {stage}: {size:.1f} GB of {name}" for stage, size in zip(stages, sizes, strict=True)]
-        figure.add_trace(
-            go.Bar(name=name, x=stages, y=sizes, marker_color=colour, hovertext=hover, hoverinfo="text")
-        )
+        figure.add_trace(go.Bar(name=name, x=stages, y=sizes, marker_color=colour, hovertext=hover, hoverinfo="text"))
     limit = plan.cluster.memory_bytes / _GB
     figure.add_hline(y=limit, line={"color": _LIMIT, "width": 2, "dash": "dash"})
     figure.add_annotation(

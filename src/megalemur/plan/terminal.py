@@ -101,7 +101,9 @@ def _memory(plan: Plan, width: int) -> Iterator[RenderableType]:
     if len(shown) < len(plan.memory):
         yield Text(f"{len(plan.memory) - len(shown)} stages in between are left out", style="bright_black")
     yield Text("  ").join(Text("■ ", style=style).append(name, style="default") for name, _, style in MEMORY_KINDS)
-    yield Text(f"fullest: stage {fullest.stage} in {moment(fullest)}, {fullest.in_flight} in flight", style="bright_black")
+    yield Text(
+        f"fullest: stage {fullest.stage} in {moment(fullest)}, {fullest.in_flight} in flight", style="bright_black"
+    )
 
 
 def _runs(layers: Sequence[int]) -> list[tuple[int, int]]:
@@ -134,7 +136,9 @@ def _time(plan: Plan, width: int) -> Iterator[RenderableType]:
 
 
 def _critical(plan: Plan) -> str:
-    return "one stage" if plan.job.pipeline == 1 else f"as stage {plan.step.critical_stage} sees it, which has most to do"
+    return (
+        "one stage" if plan.job.pipeline == 1 else f"as stage {plan.step.critical_stage} sees it, which has most to do"
+    )
 
 
 def facts(plan: Plan) -> list[tuple[str, str]]:
@@ -149,10 +153,25 @@ def facts(plan: Plan) -> list[tuple[str, str]]:
         ("tokens/s a GPU", f"{step.tokens_per_second_per_gpu:,.0f}"),
         ("MFU", f"{step.mfu_full_attention:.1%} full attention, {step.mfu_causal_attention:.1%} causal"),
         ("tokens a day", short(plan.tokens_per_day)),
-        ("to the end", f"{plan.budget.days:.3g} days, {plan.budget.gpu_hours:,.0f} GPU hours, {short(plan.tokens)} tokens"),
+        (
+            "to the end",
+            f"{days_text(plan.budget.days)}, {_hours(plan.budget.gpu_hours)} GPU hours, {short(plan.tokens)} tokens",
+        ),
         ("goodput", _goodput(plan)),
         ("checkpoint", f"{cost.whole / _GB:,.4g} GB, {seconds_text(cost.whole_seconds)} to the disk; {_saved(plan)}"),
     ]
+
+
+def days_text(days: float) -> str:
+    """A length of time in the unit that suits it."""
+    for size, unit in ((1.0, "days"), (24.0, "hours"), (1440.0, "minutes")):
+        if days * size >= 1:
+            return f"{days * size:.3g} {unit}"
+    return f"{days * 86400:.3g} seconds"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}"
 
 
 def _goodput(plan: Plan) -> str:
@@ -218,7 +237,7 @@ def print_better(better: Better, console: Console, *, now: float | None, whole: 
     """
     found, limit, best = better.found, better.cluster.memory_bytes, better.best
     title = f"[bold]Layouts on {better.gpus:,} GPUs[/]: {found.tried:,} looked at, {len(found.candidates):,} fit"
-    console.print(f"{title} {better.cluster.name} with {HEADROOM:.0%} to spare", highlight=False)
+    console.print(f"{title} with {HEADROOM:.0%} of {better.cluster.name} to spare", highlight=False)
     if best is None:
         console.print(Text(f"none fits {limit / _GB:.1f} GB: take more GPUs or larger ones", style="bold red"))
         return

@@ -1,4 +1,4 @@
-"""Everything that a plan says about a run: memory, time, cost and saves, put together from the run file and a cluster."""
+"""Everything that a plan says about a run: memory, time, cost and saves, from the run file and a cluster."""
 
 import math
 from dataclasses import dataclass
@@ -134,6 +134,6 @@ def _saves(config: RunConfig, step_seconds: float, cost: CheckpointCost, assumed
     best = best_steps(step_seconds, reliability)
     if best is not None and math.isfinite(reliability.between_failures):
         # a save in the background must be on the disk before the next one begins
-        best = max(best, math.ceil(reliability.written_behind / step_seconds))
+        best = min(max(best, math.ceil(reliability.written_behind / step_seconds)), config.run.steps)
     best_kept = goodput((best or config.run.steps) * step_seconds, reliability)
     return Saves(reliability=reliability, every=every, kept=kept, best_every=best, best_kept=best_kept)
