@@ -14,7 +14,8 @@ def source_never_drawn(run: Any, data: Any) -> Texts:
         drawn = samples * source.weight / total
         if samples and drawn < 0.5:
             yield (
-                f"data.sources: {source.name}: weight={source.weight:g} of {total:g} comes to {drawn:.2g} samples of the "
+                f"data.sources: {source.name}: weight={source.weight:g} of {total:g} comes to {drawn:.2g} samples of "
+                "the "
                 f"run's {samples}; take it out, or give it {total / samples:.2g} or more"
             )
 
@@ -40,7 +41,8 @@ def sources_hold_the_same(data: Any) -> Texts:
         twin = names.setdefault(source.path, source.name)
         if twin != source.name:
             yield (
-                f"data.sources: {twin} and {source.name} both are {source.path}; keep one, with the sum of their weights"
+                f"data.sources: {twin} and {source.name} both are {source.path}; keep one, with the sum of their "
+                "weights"
             )
 
 
@@ -81,7 +83,8 @@ def tokenizer_not_named(run: Any, model: Any, parallel: Any, data: Any) -> Texts
     https://github.com/huggingface/datatrove/issues/345"""
     if data.tokenizer is None and is_costly(run, model, parallel, data):
         yield (
-            "data.tokenizer is not given: the sources are not checked against it, and checkpoints do not carry it; name "
+            "data.tokenizer is not given: the sources are not checked against it, and checkpoints do not carry "
+            "it; name "
             "the tokenizer that made the sources"
         )
 

@@ -39,7 +39,8 @@ def start_says_what_is_loaded(config: RunConfig, files: Files) -> Texts:
         return
     if load is None and (start / MANIFEST).is_file() and (start / "trainer").is_dir():
         yield (
-            f"checkpoint.start_from={start} holds moments and counters; write checkpoint.load=weights to begin a new run "
+            f"checkpoint.start_from={start} holds moments and counters; write checkpoint.load=weights to begin a "
+            "new run "
             "with its masters, or checkpoint.load=all to go on with that run"
         )
     if load == "all" and start.is_dir() and not (start / MANIFEST).is_file():
@@ -127,7 +128,8 @@ def disk_has_room(config: RunConfig) -> Texts:
     if more > free:
         yield (
             f"checkpoint.directory={config.checkpoint.directory}: the run keeps up to {count} checkpoints of "
-            f"{size(checkpoint_bytes(config.model))}, {size(wanted)} in all; {size(stored)} are there, and {size(free)} "
+            f"{size(checkpoint_bytes(config.model))}, {size(wanted)} in all; {size(stored)} are there, and "
+            f"{size(free)} "
             "are free (a quota is not seen); lower checkpoint.keep or raise checkpoint.save_every, or use another disk"
         )
 

@@ -28,7 +28,8 @@ def connections_not_one(config: RunConfig, site: Site) -> Texts:
     now = site.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")
     if site.is_launch and (config.parallel.sequence_parallel or config.parallel.context > 1) and now != "1":
         yield (
-            f"CUDA_DEVICE_MAX_CONNECTIONS is {now or 'not set'}; with parallel.tensor={config.parallel.tensor} export 1 "
+            f"CUDA_DEVICE_MAX_CONNECTIONS is {now or 'not set'}; with parallel.tensor={config.parallel.tensor} "
+            "export 1 "
             "on Hopper and older GPUs, as launch/env/common.sh does"
         )
 

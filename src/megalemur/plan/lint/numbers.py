@@ -37,7 +37,8 @@ def gradients_in_bf16(precision: Any, parallel: Any, data: Any) -> Texts:
     added = batches * parallel.data
     if precision.dtype == "bf16" and not precision.reduce_grads_in_fp32 and added >= _ACCUMULATED:
         yield (
-            f"precision.reduce_grads_in_fp32=false adds up {batches} micro-batches on {parallel.data} replicas in bf16, "
+            f"precision.reduce_grads_in_fp32=false adds up {batches} micro-batches on {parallel.data} replicas in "
+            "bf16, "
             "where sums this long lose what is small; use precision.reduce_grads_in_fp32=true"
         )
 
@@ -46,7 +47,10 @@ def fp32_at_scale(run: Any, model: Any, parallel: Any, data: Any, precision: Any
     """A long run in fp32: several times slower and larger than in bf16.
     https://github.com/huggingface/transformers/issues/14608"""
     if precision.dtype == "fp32" and is_costly(run, model, parallel, data):
-        yield "precision.dtype=fp32 is for tests and debugging, and several times slower on GPUs; use precision.dtype=bf16"
+        yield (
+            "precision.dtype=fp32 is for tests and debugging, and several times slower on GPUs; use "
+            "precision.dtype=bf16"
+        )
 
 
 def deterministic_at_scale(run: Any, model: Any, parallel: Any, data: Any) -> Texts:

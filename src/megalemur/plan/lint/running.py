@@ -65,7 +65,8 @@ def start_in_own_directory(checkpoint: Any) -> Texts:
     start, own = checkpoint.start_from, checkpoint.directory
     if start is not None and start == own:
         yield (
-            f"checkpoint.start_from and checkpoint.directory both are {own}; use another checkpoint.directory, and leave "
+            f"checkpoint.start_from and checkpoint.directory both are {own}; use another checkpoint.directory, "
+            "and leave "
             "start_from out to resume from the newest checkpoint there"
         )
 
@@ -94,7 +95,8 @@ def collectives_in_haste(run: Any, parallel: Any) -> Texts:
     https://github.com/meta-pytorch/torchtune/issues/2093"""
     if run.collective_timeout < _HASTE_SECONDS and parallel.world_size > 8:
         yield (
-            f"run.collective_timeout={run.collective_timeout:g} s ends a run of {parallel.world_size} processes when one "
+            f"run.collective_timeout={run.collective_timeout:g} s ends a run of {parallel.world_size} processes "
+            "when one "
             "of them reads slowly for once; use run.collective_timeout=600"
         )
 
@@ -103,7 +105,10 @@ def stop_at_beyond_the_end(run: Any) -> Texts:
     """A pause behind the last step, without any effect.
     https://github.com/huggingface/accelerate/issues/1791"""
     if run.stop_at is not None and run.stop_at > run.steps:
-        yield f"run.stop_at={run.stop_at} is beyond run.steps={run.steps} and has no effect; raise run.steps, or leave it out"
+        yield (
+            f"run.stop_at={run.stop_at} is beyond run.steps={run.steps} and has no effect; raise run.steps, or "
+            "leave it out"
+        )
 
 
 def profile_never_taken(run: Any, parallel: Any, log: Any) -> Texts:
@@ -115,7 +120,8 @@ def profile_never_taken(run: Any, parallel: Any, log: Any) -> Texts:
     if log.profiler.start_step + log.profiler.steps > last:
         yield (
             f"log.profiler: steps {log.profiler.start_step + 1} to {log.profiler.start_step + log.profiler.steps} are "
-            f"not all taken by a run that ends at step {last}; use start_step={max(0, last - log.profiler.steps)} or less"
+            f"not all taken by a run that ends at step {last}; use start_step={max(0, last - log.profiler.steps)} "
+            "or less"
         )
     beyond = [rank for rank in log.profiler.ranks if rank >= parallel.world_size]
     if beyond:

@@ -17,7 +17,8 @@ def key_value_heads_replicated(model: Any, parallel: Any) -> Texts:
     copies = parallel.tensor // model.num_query_groups
     if parallel.tensor > model.num_query_groups and parallel.tensor % model.num_query_groups == 0:
         yield (
-            f"parallel.tensor={parallel.tensor} is above model.num_query_groups={model.num_query_groups}: every key and "
+            f"parallel.tensor={parallel.tensor} is above model.num_query_groups={model.num_query_groups}: every "
+            "key and "
             f"value head is held and computed {copies} times; use parallel.tensor={model.num_query_groups} to avoid it"
         )
 
@@ -76,7 +77,8 @@ def output_stage_heavier(run: Any, model: Any, parallel: Any, data: Any) -> Text
     better = _better_last_stage(model, parallel, data)
     advice = f"set parallel.last_stage_layers={better}" if better else "use fewer stages, or other parallel.chunks"
     yield (
-        f"the output layer of model.vocab_size={model.vocab_size} makes the last of parallel.pipeline={len(work)} stages "
+        f"the output layer of model.vocab_size={model.vocab_size} makes the last of "
+        f"parallel.pipeline={len(work)} stages "
         f"{ratio - 1:.0%} heavier than the others, which wait for it; {advice}"
     )
 

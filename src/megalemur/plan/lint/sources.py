@@ -70,7 +70,8 @@ def manifests_are_there(files: Files) -> Texts:
     for source in (*files.training, *files.validation):
         if source.manifest is None:
             yield (
-                f"{manifest_path(source.config.path)}: no such file: nothing says which tokenizer made {source.config.name}"
+                f"{manifest_path(source.config.path)}: no such file: nothing says which tokenizer made "
+                f"{source.config.name}"
                 ", and its index is read through at every start; build it with megalemur-build-index"
             )
 
@@ -101,7 +102,8 @@ def epochs_many(files: Files) -> Texts:
         made = epochs.get(source.config.name, 0.0)
         if source.config.max_epochs is None and made > _EPOCHS:
             yield (
-                f"data.sources: {source.config.name}: the run makes {made:.1f} epochs of it; beyond four, repeating gains "
+                f"data.sources: {source.config.name}: the run makes {made:.1f} epochs of it; beyond four, repeating "
+                "gains "
                 f"little: lower its weight, or write max_epochs: {made + 0.5:.0f} to say that this is meant"
             )
 
@@ -126,7 +128,8 @@ def unknown_tokens_many(files: Files) -> Texts:
         manifest = source.manifest
         if manifest is not None and manifest.unknown_tokens > _UNKNOWN * manifest.tokens:
             yield (
-                f"{manifest_path(source.config.path)}: {manifest.unknown_tokens} of {manifest.tokens} tokens are unknown; "
+                f"{manifest_path(source.config.path)}: {manifest.unknown_tokens} of {manifest.tokens} tokens are "
+                "unknown; "
                 "look at it with megalemur-inspect-index, and use a tokenizer that knows this text"
             )
 
