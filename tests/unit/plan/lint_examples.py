@@ -19,7 +19,7 @@ FIRES = {
         ("data.global_batch_size=16", "idles 27% of the time"),
         ("data.global_batch_size=4", "and fewer than the stages"),
     ],
-    "vocabulary_padding_waste": [("parallel.pad_vocab_to=4096", "by 768 rows"), ("parallel.pad_vocab_to=1100", "rows")],
+    "vocabulary_padding_waste": [("parallel.pad_vocab_to=1100", "by 3200 rows (10%)")],
     "output_stage_heavier": [
         ("model.preset=llama3_8b parallel.tensor=4", "set parallel.last_stage_layers="),
         ("model.vocab_size=256000", "heavier than the others"),
@@ -64,7 +64,7 @@ FIRES = {
     "tokenizer_not_named": [("data.tokenizer=null", "data.tokenizer is not given")],
     "much_work_at_risk": [
         ("checkpoint.save_every=0", "a crash costs up to"),
-        ("checkpoint.save_every=1000", "use checkpoint.save_every=53 for an hour"),
+        ("checkpoint.save_every=1000", "for an hour"),
     ],
     "checkpoints_pile_up": [("checkpoint.keep=0", "keeps all 200 checkpoints")],
     "saves_not_read_back": [
@@ -90,7 +90,7 @@ PASSES = {
     "key_value_heads_replicated": ["parallel.tensor=8", "parallel.tensor=2"],
     "tensor_within_node": ["parallel.tensor=8", "parallel.tensor=1", "parallel.tensor=4"],
     "pipeline_bubble": ["data.global_batch_size=64", "data.global_batch_size=16 run.steps=1 model.preset=tiny"],
-    "vocabulary_padding_waste": ["parallel.pad_vocab_to=128"],
+    "vocabulary_padding_waste": ["parallel.pad_vocab_to=128", "parallel.pad_vocab_to=4096"],
     "output_stage_heavier": [
         "parallel.pipeline=4",
         "model.preset=llama3_8b parallel.tensor=4 parallel.pipeline=1",

@@ -88,13 +88,13 @@ def test_a_file_that_is_no_run_file_is_one_error(tmp_path):
 
 def test_errors_are_refused_and_warnings_are_not(run_file):
     refuse(lint_run_file(run_file, ["optim.clip_grad_norm=0"]))
-    with pytest.raises(LintError, match="start_in_own_directory: .*both are out"):
+    with pytest.raises(LintError, match=r"start_in_own_directory: .*both are out"):
         refuse(lint_run_file(run_file, ["checkpoint.start_from=out"]))
 
 
 @pytest.mark.parametrize("rule", [*REFUSED_AT_LOAD, *CONFIG_RULES, *FILE_RULES], ids=lambda rule: rule.name)
 def test_every_rule_says_what_it_is_and_where_it_comes_from(rule):
-    assert rule.says and rule.says[0].isupper()
+    assert len(rule.says.split()) > 4
     if rule not in REFUSED_AT_LOAD:
         assert rule.threads or "Measured here" in rule.check.__doc__
     assert all(url.count("/") >= 6 for url in rule.threads)

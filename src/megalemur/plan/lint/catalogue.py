@@ -1,7 +1,7 @@
 """Every rule over a run file alone."""
 
 from megalemur.config.checks import CHECKS
-from megalemur.plan.lint import blend, numbers, running, shape
+from megalemur.plan.lint import blend, precision, running, shape
 from megalemur.plan.lint.finding import Check, Level, Rule
 
 
@@ -14,4 +14,4 @@ def rules_of(*tables: tuple[tuple[str, Check], ...]) -> tuple[Rule, ...]:
 REFUSED_AT_LOAD = tuple(Rule("error", check) for check in CHECKS)
 """What config/checks.py refuses whenever a run file is loaded."""
 
-CONFIG_RULES = rules_of(shape.RULES, numbers.RULES, blend.RULES, running.RULES)
+CONFIG_RULES = rules_of(shape.RULES, precision.RULES, blend.RULES, running.RULES)

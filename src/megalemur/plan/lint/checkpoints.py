@@ -12,8 +12,8 @@ from megalemur.config.run import RunConfig
 from megalemur.model.hf_config import check_model_matches, read_hf_config
 from megalemur.plan.lint.files import Files
 from megalemur.plan.lint.finding import Texts
+from megalemur.plan.lint.machine import existing
 from megalemur.plan.lint.scale import checkpoint_bytes, size
-from megalemur.plan.lint.site import existing
 
 _RUN_FILE = "run.yaml"
 _SMALL_FILES = 24

@@ -2,8 +2,8 @@
 
 from megalemur.config.run import RunConfig
 from megalemur.plan.lint.finding import Texts
+from megalemur.plan.lint.machine import Site
 from megalemur.plan.lint.scale import GIB, size
-from megalemur.plan.lint.site import Site
 
 _SLOW_LINKS = ("NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE")
 _HANDLES_A_RANK = 256  # torch, NCCL and the supervisor; two a source come on top

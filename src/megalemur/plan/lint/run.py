@@ -8,7 +8,7 @@ from megalemur.config.load import examine_run
 from megalemur.config.run import RunConfig
 from megalemur.plan.lint.catalogue import CONFIG_RULES
 from megalemur.plan.lint.finding import Finding, Rule
-from megalemur.plan.lint.site import Site
+from megalemur.plan.lint.machine import Site
 
 GPUS_PER_NODE = 8
 
