@@ -13,6 +13,7 @@ from megalemur.cli.failures import reported
 
 if TYPE_CHECKING:
     from megalemur.config.run import RunConfig
+    from megalemur.observe.expectation import Expectation
     from megalemur.supervise.pulse import Pulse
     from megalemur.supervise.signals import StopRequest
 
@@ -54,7 +55,13 @@ def _train(config: "RunConfig", stop: "StopRequest", pulse: "Pulse") -> int:
     """What a rank does. Its supervisor never imports torch: it stays small, and nothing in it can hang."""
     from megalemur.train.run import train
 
-    return exit_codes.REQUEUE if train(config, stop, pulse) else exit_codes.DONE
+    stopped = train(config, stop, pulse, expectation=_expectation(config))
+    return exit_codes.REQUEUE if stopped else exit_codes.DONE
+
+
+def _expectation(config: "RunConfig") -> "Expectation | None":
+    """What the plan says of this run on this cluster; None where there is no plan for it."""
+    return None
 
 
 @app.command()

@@ -86,7 +86,7 @@ def with_checkpoint(root, name="small", **changes):
 
     config = parse_run(RUN, settings(root, f"run.name={name}", *(f"{k}={v}" for k, v in changes.items())))
     files = {"config.json": b"{}", "run.yaml": dump_run(config).encode()}
-    save_checkpoint(root / "checkpoints", contents(whole_pieces(), files=files))
+    save_checkpoint(root / "checkpoints", contents(whole_pieces(), files=files), group=None, max_file_bytes=1 << 20)
 
 
 FILES = {
