@@ -1,5 +1,6 @@
 """The `megalemur` command. Imports what a subcommand needs only when it runs: --help must not wait for torch."""
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -12,6 +13,7 @@ from megalemur.cli.failures import reported
 
 if TYPE_CHECKING:
     from megalemur.config.run import RunConfig
+    from megalemur.observe.expectation import Expectation
     from megalemur.supervise.pulse import Pulse
     from megalemur.supervise.signals import StopRequest
 
@@ -33,14 +35,58 @@ def train(run_file: RunFile, overrides: Overrides = None) -> None:
     from megalemur.config.load import load_run
     from megalemur.supervise.run import supervised
 
-    raise typer.Exit(supervised(load_run(run_file, overrides or ()), _train, requeue=exit_codes.REQUEUE))
+    config = load_run(run_file, overrides or ())
+    _lint_before_training(config)
+    raise typer.Exit(supervised(config, _train, requeue=exit_codes.REQUEUE))
+
+
+def _lint_before_training(config: "RunConfig") -> None:
+    """Errors end every rank alike, before any process group; warnings are rank 0's to tell."""
+    from megalemur.plan.lint.run import lint_config, refuse
+
+    findings = lint_config(config)
+    refuse(findings)
+    if os.environ.get("RANK", "0") == "0":
+        for finding in findings:
+            typer.echo(f"megalemur: warning: {finding.text} ({finding.rule})", err=True)
 
 
 def _train(config: "RunConfig", stop: "StopRequest", pulse: "Pulse") -> int:
     """What a rank does. Its supervisor never imports torch: it stays small, and nothing in it can hang."""
     from megalemur.train.run import train
 
-    return exit_codes.REQUEUE if train(config, stop, pulse) else exit_codes.DONE
+    stopped = train(config, stop, pulse, expectation=_expectation(config))
+    return exit_codes.REQUEUE if stopped else exit_codes.DONE
+
+
+def _expectation(config: "RunConfig") -> "Expectation | None":
+    """What the plan says of this run on this cluster; None where there is no plan for it."""
+    return None
+
+
+@app.command()
+@reported
+def lint(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    files: Annotated[bool, typer.Option("--files", help="look at the data, checkpoints, disk and machine too")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="warnings count as errors")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="of the cluster")] = 8,
+) -> None:
+    """Say what is wrong with a run file before it is launched. Exit code 11 where something is."""
+    from rich.console import Console
+
+    from megalemur.plan.lint import report
+    from megalemur.plan.lint.run import lint_run_file
+
+    findings = lint_run_file(run_file, overrides or (), files=files, gpus_per_node=gpus_per_node)
+    if as_json:
+        typer.echo(report.as_json(findings))
+    else:
+        Console().print(report.table(findings) if findings else "nothing to say against it")
+    if any(strict or finding.level == "error" for finding in findings):
+        raise typer.Exit(exit_codes.BAD_CONFIG)
 
 
 @app.command("show-config")
