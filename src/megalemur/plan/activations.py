@@ -35,7 +35,7 @@ class Unit(NamedTuple):
 class Run(NamedTuple):
     """Equal units, one after another."""
 
-    count: int
+    times: int
     unit: Unit
 
 
@@ -369,7 +369,7 @@ def chunk_of(job: Job, layers: int, first: bool, last: bool) -> Chunk:
         last: it ends with the output layer and the loss.
     """
     s = _sizes(job)
-    layer_runs = [run for run in _layers(job, s, layers) if run.count]
+    layer_runs = [run for run in _layers(job, s, layers) if run.times]
     runs = [
         *([Run(1, _embedding(job, s))] if first else []),
         *layer_runs,
