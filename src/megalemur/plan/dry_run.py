@@ -146,8 +146,11 @@ def trace_rank(order: Order, rank: int) -> RankTrace:
     """
     config, started = order.config, time.monotonic()
     stage = stage_of(config.parallel, rank)
-    with imagined_rank(config.parallel, rank) as names, FakeTensorMode(allow_non_fake_inputs=True):
-        with _norms(order.fused_norm), Tracer(names) as tracer:
+    with contextlib.ExitStack() as inside:
+        names = inside.enter_context(imagined_rank(config.parallel, rank))
+        inside.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        inside.enter_context(_norms(order.fused_norm))
+        with Tracer(names) as tracer:
             built = _Stage(config, tracer)
             standing = tracer.now
             built.one_micro_batch()  # leaves the buffers that stay
