@@ -47,8 +47,8 @@ def test_a_dry_run_in_its_own_process():
 
 def test_modules_that_are_not_installed_are_named():
     run = planned_run("model.backend=transformer_engine")
-    with pytest.raises(ValueError, match="Transformer Engine is not installed"):
-        dry_run(Order(run), [0])
+    with pytest.raises(AssertionError, match="Transformer Engine is not installed"):  # of the forked process
+        run_ranks(1, all_stages, run, True)
 
 
 LAYOUTS = {
@@ -65,6 +65,8 @@ LAYOUTS = {
 
 def test_eight_layouts_rank_as_planned_in_real_training(tmp_path):
     batch = ("data.sequence_length=128", "data.micro_batch_size=4", "data.global_batch_size=16")
+    # comparing replicas takes a buffer of some megabytes in its step: nothing beside a GPU's memory, much beside this
+    batch += ("run.check_replicas_every=0",)
     planned, measured = {}, {}
     for name, layout in LAYOUTS.items():
         run = tiny_run(tmp_path, *layout, *batch)

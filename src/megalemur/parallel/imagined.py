@@ -1,7 +1,7 @@
-"""One rank of a layout without the others: torch's fake process group, in which collectives end at once and move nothing.
+"""One rank of a layout without the others: torch's fake process group, whose collectives end at once and move nothing.
 
-For the planner's dry run, whose tensors have shapes and no values (torch's fake tensors). What megatron-core reads out of
-values is answered here, as every other rank would answer it.
+For the planner's dry run, whose tensors have shapes and no values (torch's fake tensors). What megatron-core reads out
+of values is answered here, as every other rank would answer it.
 """
 
 import contextlib

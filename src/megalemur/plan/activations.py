@@ -1,8 +1,8 @@
 """What one model chunk allocates while a micro-batch goes through it, allocation by allocation.
 
-Each part of a chunk is a ledger: the bytes that torch and megatron-core 0.16 allocate (positive) and free (negative), in
-the order in which they do it, forward and backward. What a forward ledger leaves behind is kept until the backward one
-frees it; the highest prefix sum is the peak inside. The ledgers were read off traces of the real modules, and
+Each part of a chunk is a ledger: the bytes that torch and megatron-core 0.16 allocate (positive) and free (negative),
+in the order in which they do it, forward and backward. What a forward ledger leaves behind is kept until the backward
+one frees it; the highest prefix sum is the peak inside. The ledgers were read off traces of the real modules, and
 dry_run.py holds them against new ones (docs/planner.md).
 
 Letters: t tokens of a micro-batch on this rank, h hidden, f FFN width, T tensor-parallel ranks, e bytes an element.
@@ -35,7 +35,7 @@ class Unit(NamedTuple):
 class Run(NamedTuple):
     """Equal units, one after another."""
 
-    count: int
+    times: int
     unit: Unit
 
 
@@ -172,7 +172,7 @@ def _norm_backward(s: _Sizes, *, residual: bool) -> Events:
 
 
 def _row_parallel(s: _Sizes) -> Events:
-    """Product with a matrix split by columns, summed over the ranks, added to the residual stream, which is new then."""
+    """Product with a matrix split by columns, summed over the ranks and added to the residual stream: a new tensor."""
     product = [s.gathered, s.hidden, -s.gathered] if s.sequence_parallel else [s.gathered]
     return [*product, s.hidden, -s.hidden]
 
@@ -227,9 +227,8 @@ def _attention(job: Job, s: _Sizes) -> Events:
     if job.recompute == "selective" and "core_attn" in job.recompute_modules:
         core = [*core, s.query - sum(core)]
     dropped = s.hidden // s.element if job.kernels.dropout else 0
-    return [
-        *_norm(s), *product, copy, s.rotary, *_rotate(s.query), *_rotate(s.key), *core, *_row_parallel(s), -copy, dropped,
-    ]  # fmt: skip
+    rotated = [copy, s.rotary, *_rotate(s.query), *_rotate(s.key)]
+    return [*_norm(s), *product, *rotated, *core, *_row_parallel(s), -copy, dropped]
 
 
 def _attention_backward(job: Job, s: _Sizes) -> Events:
@@ -369,7 +368,7 @@ def chunk_of(job: Job, layers: int, first: bool, last: bool) -> Chunk:
         last: it ends with the output layer and the loss.
     """
     s = _sizes(job)
-    layer_runs = [run for run in _layers(job, s, layers) if run.count]
+    layer_runs = [run for run in _layers(job, s, layers) if run.times]
     runs = [
         *([Run(1, _embedding(job, s))] if first else []),
         *layer_runs,

@@ -39,13 +39,13 @@ class _FusedNorm(torch.autograd.Function):
     """Shapes of CUDA's rms_norm: one kernel that keeps its input and a figure a row. The CPU has none."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         rows = hidden.new_empty(hidden.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(hidden, weight, rows)
         return torch.empty_like(hidden)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         hidden, weight, _ = ctx.saved_tensors
         return torch.empty_like(hidden), torch.empty_like(weight)
 
@@ -100,7 +100,7 @@ class _Stage:
         """
         kept, forward = [], ForwardStep(_CPU, packed=False, borders_device=_CPU)
         for wrapped in self.wrapped:
-            chunk: Llama = wrapped.module  # type: ignore[assignment]
+            chunk: Llama = wrapped.module
             before = self.tracer.now
             if not chunk.pre_process:
                 chunk.set_input_tensor(self._received())
@@ -130,7 +130,11 @@ class _Stage:
 
         with contextlib.suppress(_Enough):
             forward_backward(
-                self.wrapped, counted, self.shape, [self.batch] * micro_batches, forward_only=False  # type: ignore[arg-type]
+                self.wrapped,
+                counted,
+                self.shape,
+                [self.batch] * micro_batches,
+                forward_only=False,
             )
 
 
@@ -142,8 +146,11 @@ def trace_rank(order: Order, rank: int) -> RankTrace:
     """
     config, started = order.config, time.monotonic()
     stage = stage_of(config.parallel, rank)
-    with imagined_rank(config.parallel, rank) as names, FakeTensorMode(allow_non_fake_inputs=True):
-        with _norms(order.fused_norm), Tracer(names) as tracer:
+    with contextlib.ExitStack() as inside:
+        names = inside.enter_context(imagined_rank(config.parallel, rank))
+        inside.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        inside.enter_context(_norms(order.fused_norm))
+        with Tracer(names) as tracer:
             built = _Stage(config, tracer)
             standing = tracer.now
             built.one_micro_batch()  # leaves the buffers that stay

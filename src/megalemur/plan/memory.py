@@ -198,7 +198,11 @@ def _state(job: Job, parameters: int) -> tuple[int, int, int]:
     shards = job.data * job.context if job.distributed_optimizer else 1
     owned = -(-parameters // shards)
     masters = 0 if wide else MASTER_BYTES  # fp32 parameters are their own masters
-    return parameters * (4 if wide else 2), parameters * (4 if job.grads_in_fp32 else 2), owned * (masters + MOMENTS_BYTES)
+    return (
+        parameters * (4 if wide else 2),
+        parameters * (4 if job.grads_in_fp32 else 2),
+        owned * (masters + MOMENTS_BYTES),
+    )
 
 
 def _buffers(job: Job, parameters: int) -> int:

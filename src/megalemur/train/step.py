@@ -1,8 +1,8 @@
 """The step: forward and backward over the micro-batches, one decision, one update."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -61,7 +61,7 @@ def train_step(engine: Engine, batches: Sequence[Batch], learning_rate: float) -
 
 def forward_backward(
     chunks: Sequence[torch.nn.Module],
-    forward: ForwardStep,
+    forward: Callable[..., Any],
     shape: Shape,
     batches: Sequence[Batch],
     *,
@@ -73,7 +73,7 @@ def forward_backward(
     micro-batches.
     """
     several = len(chunks) > 1
-    return get_forward_backward_func()(  # type: ignore[no-any-return]
+    return get_forward_backward_func()(
         forward_step_func=forward,
         data_iterator=[iter(batches) for _ in chunks] if several else iter(batches),
         model=list(chunks) if several else chunks[0],

@@ -3,9 +3,9 @@
 from dataclasses import replace
 from typing import Any
 
+from megalemur.config.layers import chunk_layers
 from megalemur.config.model import ModelConfig
 from megalemur.config.parallel import ParallelConfig
-from megalemur.config.layers import chunk_layers
 from megalemur.plan.job import Job, Kernels
 
 

@@ -7,11 +7,7 @@ import pytest
 
 from megalemur.plan.schedule import Op, order, peak_in_flight, replay, step_seconds, warm_up
 
-SMALL = [
-    (p, m, v)
-    for p, m, v in product(range(1, 6), range(1, 13), range(1, 5))
-    if v == 1 or (p > 1 and m % p == 0)
-]
+SMALL = [(p, m, v) for p, m, v in product(range(1, 6), range(1, 13), range(1, 5)) if v == 1 or (p > 1 and m % p == 0)]
 
 
 def needs(op: Op, stage: int, p: int, v: int) -> tuple[int, Op] | None:
