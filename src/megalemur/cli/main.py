@@ -61,7 +61,10 @@ def _train(config: "RunConfig", stop: "StopRequest", pulse: "Pulse") -> int:
 
 def _expectation(config: "RunConfig") -> "Expectation | None":
     """What the plan says of this run on this cluster; None where there is no plan for it."""
-    return None
+    from megalemur.parallel.device import gpu_name
+    from megalemur.plan.expected import expectation
+
+    return expectation(config, gpu_name())
 
 
 @app.command()
@@ -109,7 +112,7 @@ def show_config(run_file: RunFile, overrides: Overrides = None) -> None:
 
 @app.command()
 @reported
-def plan(
+def plan(  # noqa: PLR0913 - typer reads the options from the parameters
     run_file: Annotated[Path | None, typer.Argument(help="run file (YAML)", show_default=False)] = None,
     overrides: Overrides = None,
     cluster: Annotated[str, typer.Option(help="a file of launch/clusters, or the path of one")] = "h100_sxm",
@@ -149,7 +152,8 @@ def plan(
         ranks=ranks,
         all_classes=all_classes,
     )
-    raise typer.Exit(exit_codes.DONE if answer(question) else exit_codes.DOES_NOT_FIT)
+    found = answer(question)
+    raise typer.Exit(exit_codes.BAD_CONFIG if found.wrong else exit_codes.DONE if found.fits else exit_codes.DOES_NOT_FIT)
 
 
 @app.command()

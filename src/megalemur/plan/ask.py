@@ -3,6 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import orjson
 from rich.console import Console
@@ -38,8 +39,17 @@ class Question:
     all_classes: bool = False
 
 
-def answer(question: Question) -> bool:
-    """Plan, print and write what is asked for; returns whether the run, or of a search any layout, fits.
+class Answer(NamedTuple):
+    """What an exit code says."""
+
+    wrong: bool
+    """Lint found an error."""
+    fits: bool
+    """The run fits, or of a search any layout."""
+
+
+def answer(question: Question) -> Answer:
+    """Plan, print and write what is asked for.
 
     Raises:
         ConfigError: run file, overrides, cluster or a file to write cannot be used.
@@ -67,7 +77,7 @@ def answer(question: Question) -> bool:
         _write_page(question.html, plan, better)
     if question.dry_run:
         print_dry_run(config, Console(), ranks=question.ranks, all_classes=question.all_classes)
-    return better.best is not None if question.search else plan.fits
+    return Answer(plan.wrong, better.best is not None if question.search else plan.fits)
 
 
 def _check(question: Question) -> None:

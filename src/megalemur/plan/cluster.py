@@ -1,5 +1,6 @@
 """What a job would run on: one kind of GPU, its node and its network, from a small YAML file."""
 
+import contextlib
 from pathlib import Path
 from typing import Literal
 
@@ -96,6 +97,18 @@ def load_cluster(name_or_path: str, beside: Path | None = None) -> Cluster:
             )
         path = found[name_or_path]
     return _read(path)
+
+
+def cluster_with(gpu: str) -> Cluster | None:
+    """The cluster in launch/clusters whose GPU CUDA names so; None: there is none, or several. Files that cannot be
+    read are passed over: nobody has asked for them."""
+    files = {file.stem: file for folder in reversed(_folders(None)) for file in sorted(folder.glob("*.yaml"))}
+    fitting = []
+    for file in files.values():
+        with contextlib.suppress(ConfigError):
+            cluster = _read(file)
+            fitting += [cluster] if cluster.gpu == gpu else []
+    return fitting[0] if len(fitting) == 1 else None
 
 
 def _read(path: Path) -> Cluster:

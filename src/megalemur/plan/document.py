@@ -104,6 +104,14 @@ class SearchPart(_Part):
     """No other layout is both faster and smaller; from the fastest to the smallest."""
 
 
+class FindingPart(_Part):
+    """What lint says."""
+
+    rule: str
+    level: Literal["error", "warning"]
+    text: str
+
+
 class PlanDocument(_Part):
     """All that `megalemur plan --json` writes."""
 
@@ -125,6 +133,8 @@ class PlanDocument(_Part):
     gpu_hours: float
     checkpoint: CheckpointPart
     saves: SavesPart
+    findings: list[FindingPart]
+    """Errors first."""
     search: SearchPart | None = None
 
 
@@ -150,6 +160,7 @@ def document(plan: Plan, better: Better | None = None) -> PlanDocument:
             whole_bytes=cost.whole, weights_bytes=cost.weights, rank_bytes=cost.rank, whole_seconds=cost.whole_seconds
         ),
         saves=_saves(plan),
+        findings=[FindingPart(**finding._asdict()) for finding in plan.findings],
         search=None if better is None else _search(better),
     )
 

@@ -12,6 +12,7 @@ from rich.text import Text
 from megalemur.observe.report import short, table
 from megalemur.plan.better import HEADROOM, Better
 from megalemur.plan.job import Job
+from megalemur.plan.lint import report as lint_report
 from megalemur.plan.memory import StageMemory
 from megalemur.plan.memory_table import moment
 from megalemur.plan.search import Candidate, overrides
@@ -255,6 +256,9 @@ def print_better(better: Better, console: Console, *, now: float | None, whole: 
 def print_plan(plan: Plan, console: Console) -> None:
     """Facts, memory and time."""
     console.print(table(f"Plan of {plan.config.run.name}", facts(plan)))
+    if plan.findings:
+        console.print()
+        console.print(lint_report.table(plan.findings))
     for part in (_memory, _time):
         console.print()
         for line in part(plan, console.width):

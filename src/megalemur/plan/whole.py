@@ -17,6 +17,8 @@ from megalemur.plan.goodput import (
     goodput,
 )
 from megalemur.plan.job import Job
+from megalemur.plan.lint.finding import Finding
+from megalemur.plan.lint.run import lint_config
 from megalemur.plan.memory import StageMemory, memory_of
 from megalemur.plan.step_time import StepTime, predict
 
@@ -69,11 +71,18 @@ class Plan:
     saves: Saves
     budget: Budget
     """Days and GPU hours to the last step, failures and saves included."""
+    findings: tuple[Finding, ...]
+    """What lint says of the run file, errors first."""
 
     @property
     def fits(self) -> bool:
         """Whether every stage fits its card."""
         return all(stage.total <= self.cluster.memory_bytes for stage in self.memory)
+
+    @property
+    def wrong(self) -> bool:
+        """Whether lint found an error: training would refuse the file."""
+        return any(finding.level == "error" for finding in self.findings)
 
     @property
     def fullest(self) -> StageMemory:
@@ -118,6 +127,7 @@ def make_plan(config: RunConfig, cluster: Cluster, assumptions: Assumptions | No
         checkpoint=cost,
         saves=saves,
         budget=budget(tokens, speed, job.world_size, max(saves.kept, 1e-9)),
+        findings=tuple(lint_config(config, gpus_per_node=cluster.gpus_per_node)),
     )
 
 
