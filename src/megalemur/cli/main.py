@@ -153,7 +153,9 @@ def plan(  # noqa: PLR0913 - typer reads the options from the parameters
         all_classes=all_classes,
     )
     found = answer(question)
-    raise typer.Exit(exit_codes.BAD_CONFIG if found.wrong else exit_codes.DONE if found.fits else exit_codes.DOES_NOT_FIT)
+    raise typer.Exit(
+        exit_codes.BAD_CONFIG if found.wrong else exit_codes.DONE if found.fits else exit_codes.DOES_NOT_FIT
+    )
 
 
 @app.command()

@@ -256,9 +256,10 @@ def print_better(better: Better, console: Console, *, now: float | None, whole: 
 def print_plan(plan: Plan, console: Console) -> None:
     """Facts, memory and time."""
     console.print(table(f"Plan of {plan.config.run.name}", facts(plan)))
-    if plan.findings:
-        console.print()
-        console.print(lint_report.table(plan.findings))
+    console.print()
+    console.print(
+        lint_report.table(plan.findings) if plan.findings else "lint: nothing to say against it", highlight=False
+    )
     for part in (_memory, _time):
         console.print()
         for line in part(plan, console.width):
@@ -267,7 +268,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     assumed = plan.assumptions
     console.print(
         escape(
-            f"assumed: {assumed.failures_per_gpu_year:.2g} failures a GPU and year, "
+            f"assumed (--cluster, --failures, --disk, --restart): {plan.cluster.name}, "
+            f"{assumed.failures_per_gpu_year:.2g} failures a GPU and year, "
             f"{assumed.disk_bytes_per_second / _GB:g} GB/s to the file system, "
             f"{assumed.restart_seconds:g} s from a failure until training goes on"
         ),

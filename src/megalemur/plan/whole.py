@@ -8,7 +8,6 @@ from megalemur.plan.checkpoint_cost import CheckpointCost, checkpoint_cost
 from megalemur.plan.cluster import Cluster
 from megalemur.plan.constants import fitted
 from megalemur.plan.goodput import (
-    LLAMA3_FAILURES,
     Budget,
     Reliability,
     best_steps,
@@ -33,8 +32,8 @@ fourth generation takes 25 GB/s at most, and the ranks of a node share its memor
 class Assumptions:
     """What neither the run file nor the cluster says. All have defaults that the plan prints."""
 
-    failures_per_gpu_year: float = LLAMA3_FAILURES * HOURS_A_YEAR
-    """Failures that end the run, a GPU and year. The default is Llama 3's pre-training (goodput.LLAMA3_FAILURES)."""
+    failures_per_gpu_year: float = 0.17
+    """Failures that end the run, a GPU and year. The default is Llama 3's pre-training: goodput.LLAMA3_FAILURES."""
     disk_bytes_per_second: float = 5e9
     """What the file system takes from all ranks together."""
     restart_seconds: float = 600.0
