@@ -113,12 +113,12 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-@functools.cache
 def gpu_name() -> str | None:
     """This process's GPU as CUDA names it; None: there is none."""
     return torch.cuda.get_device_name() if has_gpu() else None
 
 
+@functools.cache
 def open_seam(redirects: tuple[Redirect, ...] = REDIRECTS) -> None:
     """Install the redirects in this process and thread, once; nothing on a machine with a GPU.
 
