@@ -6,7 +6,7 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet --quiet
 STAMP := $(VENV)/.installed
 TRANSFORMERS4 := $(VENV)/transformers4
 
-.PHONY: help setup quickstart test test-gpu check bench-train bench-data bench-checkpoint bench-convert bench-gpu faults fuzz clean
+.PHONY: help setup quickstart test test-gpu check bench-train bench-data bench-checkpoint bench-convert bench-plan bench-gpu faults fuzz clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -51,6 +51,10 @@ bench-checkpoint: setup  ## saves with digests, in the background and beside cp,
 
 bench-convert: setup  ## conversions beside cp, and their memory, at the width of Llama-2-70B
 	$(BIN)/python -W ignore benchmarks/convert.py
+
+bench-plan: setup  ## the planned memory beside megatron-core's modules on fake tensors, 40 random jobs; the time of a search
+	$(BIN)/python -W ignore benchmarks/plan_memory.py
+	$(BIN)/python -W ignore benchmarks/plan.py
 
 bench-gpu: setup  ## the same on a GPU, at the width of Llama-2-70B
 	$(BIN)/python -W ignore benchmarks/train_step.py --width 70b

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# One Slurm task: its place in torch.distributed's words, its cores, then the trainer. train.sbatch starts it with srun.
+# One Slurm task: its place in torch.distributed's words, its cores, then a command of megalemur. train.sbatch starts it
+# with srun: once to lint, then on all ranks to train.
 set -euo pipefail
 
 export RANK=${SLURM_PROCID:?started outside srun}
@@ -36,4 +37,4 @@ if [[ -z $python ]]; then
     [[ -x .venv/bin/python ]] && python=.venv/bin/python
 fi
 # exec: signals reach the trainer itself, and its exit code is the task's.
-exec ${binding[@]+"${binding[@]}"} "$python" -m megalemur.cli.main train "$@"
+exec ${binding[@]+"${binding[@]}"} "$python" -m megalemur.cli.main "$@"

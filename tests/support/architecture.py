@@ -13,6 +13,8 @@ BELOW = ("parallel", "observe", "supervise", "config")
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "cli": (*ENTRIES, *STRANGERS, *BELOW),
     **{room: (*STRANGERS, *BELOW) for room in ENTRIES},
+    # its dry run runs the step that training runs
+    "plan": ("train", *STRANGERS, *BELOW),
     # it proves what was trained by loading it as any reader would
     "quickstart": ("generate", *STRANGERS, *BELOW),
     **{room: BELOW for room in STRANGERS},

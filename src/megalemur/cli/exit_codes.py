@@ -24,3 +24,5 @@ STOPPED_TWICE = 18
 """A second signal ended the run at once, without a save; its last checkpoint is as it was."""
 REPLICAS_DIFFER = 19
 """What must be equal on several ranks is not; the message names rank and tensor."""
+DOES_NOT_FIT = 20
+"""`megalemur plan`: a stage needs more memory than a GPU of the cluster has, or no layout of a search fits."""

@@ -6,7 +6,7 @@ pass reports everything. A rule's docstring names the public thread of somebody 
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from megalemur.config.layers import chunk_layers
 
@@ -268,11 +268,22 @@ CHECKS: tuple[Callable[..., Problems], ...] = (
 )
 
 
-def problems_of(parts: Mapping[str, Any]) -> list[str]:
-    """Problems between the given parts, each a full sentence; checks whose parts are missing are passed over."""
-    found: list[str] = []
+class Problem(NamedTuple):
+    """A sentence of a check."""
+
+    check: str
+    """Name of the check, or `settings`: what a section alone knows to be wrong."""
+    text: str
+
+
+def named_problems(parts: Mapping[str, Any]) -> Iterator[Problem]:
+    """Problems between the given parts, each with its check; checks whose parts are missing are passed over."""
     for check in CHECKS:
         wanted = list(inspect.signature(check).parameters)
         if all(name in parts for name in wanted):
-            found.extend(check(*(parts[name] for name in wanted)))
-    return found
+            yield from (Problem(check.__name__, text) for text in check(*(parts[name] for name in wanted)))
+
+
+def problems_of(parts: Mapping[str, Any]) -> list[str]:
+    """Problems between the given parts, each a full sentence."""
+    return [problem.text for problem in named_problems(parts)]

@@ -2,14 +2,14 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from megalemur.config.checks import problems_of
+from megalemur.config.checks import Problem, named_problems
 from megalemur.config.plain_files import read_plain
 from megalemur.config.presets import PRESETS
 from megalemur.config.run import RunConfig
@@ -216,7 +216,16 @@ def _read_section(name: str, section: type[BaseModel], values: Any) -> tuple[Bas
     return section.model_validate(_without(values, [item["loc"] for item in items])), problems
 
 
-def _validate(values: dict[str, Any], origin: str) -> RunConfig:
+class Examined(NamedTuple):
+    """A run file as far as it can be used."""
+
+    parts: Mapping[str, Any]
+    """The sections that are valid by themselves."""
+    problems: list[Problem]
+    """Everything that `parse_run` would refuse."""
+
+
+def _examine(values: dict[str, Any]) -> Examined:
     """Validate part by part, so that problems inside one part do not hide those between others."""
     problems: list[str] = []
     parts: dict[str, Any] = {}
@@ -233,18 +242,11 @@ def _validate(values: dict[str, Any], origin: str) -> RunConfig:
     problems += [
         _sentence({"type": "extra_forbidden", "loc": (key,)}) for key in values if key not in RunConfig.model_fields
     ]
-    problems += problems_of(parts)
-    if problems:
-        raise ConfigError(origin, problems)
-    return RunConfig(**parts)
+    return Examined(parts, [*(Problem("settings", text) for text in problems), *named_problems(parts)])
 
 
-def parse_run(text: str, overrides: Sequence[str] = (), origin: str = "run file") -> RunConfig:
-    """RunConfig from YAML text and `section.key=value` overrides.
-
-    Raises:
-        ConfigError: anything wrong with either; the message lists every problem.
-    """
+def _values(text: str, overrides: Sequence[str], origin: str) -> dict[str, Any]:
+    """YAML text with its overrides applied, not validated."""
     values = _parse(text, origin)
     if not isinstance(values, dict):
         raise ConfigError(origin, ["a run file is a mapping of sections: run, model, parallel, data …"])
@@ -253,7 +255,19 @@ def parse_run(text: str, overrides: Sequence[str] = (), origin: str = "run file"
     bad += _deaf_preset(written, values.get("model"))
     if bad:
         raise ConfigError(origin, bad)
-    return _validate(values, origin)
+    return values
+
+
+def parse_run(text: str, overrides: Sequence[str] = (), origin: str = "run file") -> RunConfig:
+    """RunConfig from YAML text and `section.key=value` overrides.
+
+    Raises:
+        ConfigError: anything wrong with either; the message lists every problem.
+    """
+    parts, problems = _examine(_values(text, overrides, origin))
+    if problems:
+        raise ConfigError(origin, [problem.text for problem in problems])
+    return RunConfig(**parts)
 
 
 def _deaf_preset(written: dict[str, Any], now: Any) -> list[str]:
@@ -282,17 +296,31 @@ def parse_resolved(text: str) -> dict[str, Any]:
     return values
 
 
+def _read(path: Path) -> str:
+    try:
+        return read_plain(Path(path), _MAX_BYTES).decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), [f"cannot be read: {error}"]) from None
+
+
 def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """RunConfig from a run file.
 
     Raises:
         ConfigError: no such file, or anything that `parse_run` refuses.
     """
+    return parse_run(_read(path), overrides, origin=str(path))
+
+
+def examine_run(path: Path, overrides: Sequence[str] = ()) -> Examined:
+    """A run file as far as it can be used: for whoever has more to say about it than what is refused.
+
+    Never raises ConfigError: a file that is no run file at all has no parts, and its problems.
+    """
     try:
-        text = read_plain(Path(path), _MAX_BYTES).decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(str(path), [f"cannot be read: {error}"]) from None
-    return parse_run(text, overrides, origin=str(path))
+        return _examine(_values(_read(path), overrides, str(path)))
+    except ConfigError as error:
+        return Examined({}, [Problem("settings", text) for text in error.problems])
 
 
 def dump_run(config: RunConfig) -> str:

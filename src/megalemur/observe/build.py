@@ -8,6 +8,8 @@ import rich
 import torch
 
 from megalemur.config.run import RunConfig
+from megalemur.observe.against_plan import AgainstPlan
+from megalemur.observe.expectation import Expectation
 from megalemur.observe.garbage import AlignedGarbageCollection
 from megalemur.observe.memory import MemorySnapshot, cuda_memory
 from megalemur.observe.meter import Meter, Work
@@ -28,6 +30,7 @@ def build_observers(
     first_step: int,
     epoch_samples: Mapping[str, int] | None = None,
     standing: Callable[[], int] = int,
+    expectation: Expectation | None = None,
 ) -> list[Observer]:
     """The observers of this rank, in the order in which they are to be called. Rank 0 prints the banner here.
 
@@ -38,6 +41,7 @@ def build_observers(
         first_step: steps taken already; above 0 the run is a resumed one.
         epoch_samples: samples in one epoch of each source, to report epochs.
         standing: step of the newest checkpoint that stands, 0 for none.
+        expectation: the plan's figures, to be put beside the measured ones; None: there is no plan.
     """
     log = config.log
     file_name = f"rank-{rank:05d}-{label.replace(' ', '-')}"
@@ -51,7 +55,14 @@ def build_observers(
     if rank == 0 and progress:
         observers.append(Progress(Path(progress), standing))
     if rank == 0:
-        meter = Meter(build_work(config, epoch_samples or {}), device_facts=cuda_memory)
+        against = AgainstPlan(expectation, stages=config.parallel.pipeline) if expectation is not None else None
+        if against is not None:
+            observers.append(against)  # before the metrics, which ask it at each record
+
+        def device_facts() -> Mapping[str, float | int]:
+            return {**cuda_memory(), **(against.facts() if against is not None else {})}
+
+        meter = Meter(build_work(config, epoch_samples or {}), device_facts=device_facts)
         sinks = build_sinks(config, first_step=first_step)
         observers.append(Metrics(meter, sinks, every=log.every, last_step=config.last_step))
     return observers

@@ -49,7 +49,7 @@ class Meter:
         self,
         work: Work,
         *,
-        device_facts: Callable[[], Mapping[str, int]] = dict,
+        device_facts: Callable[[], Mapping[str, float | int]] = dict,
         clock: Callable[[], float] = time.monotonic,
     ):
         """Begin to count.

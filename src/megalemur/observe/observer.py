@@ -42,6 +42,8 @@ class StepReport:
     rank_seconds: Sequence[float] = ()
     """Seconds that each rank took until its gradients were ready, before it waited for other replicas; empty where the
     loop did not ask."""
+    peak_bytes: Sequence[int] = ()
+    """Peak of the CUDA allocator on each rank since the start; empty on CPU and where the loop did not ask."""
     ledger: Mapping[str, int] = field(default_factory=dict)
     """Samples drawn from each source since the beginning; empty on steps that are not logged."""
     validation: Mapping[str, float] = field(default_factory=dict)

@@ -113,6 +113,11 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def gpu_name() -> str | None:
+    """This process's GPU as CUDA names it; None: there is none."""
+    return torch.cuda.get_device_name() if has_gpu() else None
+
+
 @functools.cache
 def open_seam(redirects: tuple[Redirect, ...] = REDIRECTS) -> None:
     """Install the redirects in this process and thread, once; nothing on a machine with a GPU.
@@ -153,7 +158,7 @@ def describe(parallel: ParallelConfig) -> dict[str, str]:
     gpu = has_gpu()
     batched = batched_p2p(parallel.pipeline, parallel.chunks) and not parallel.overlap_p2p
     return {
-        "device": torch.cuda.get_device_name() if gpu else "cpu",
+        "device": gpu_name() or "cpu",
         "collectives": collective_backend(),
         "redirects of megatron-core": "none" if gpu else ", ".join(redirect.name for redirect in REDIRECTS),
         "pipeline messages": "none" if parallel.pipeline == 1 else "batched" if batched else "one by one",

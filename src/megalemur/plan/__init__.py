@@ -1,1 +1,1 @@
-"""What a run will hold, send and take, from its run file alone. Only dry_run.py knows torch."""
+"""What a run will hold, send and take, from its run file alone. Only dry_run.py and traced.py know torch."""

@@ -27,6 +27,15 @@ class Kernels:
     """Dropout behind attention and feed-forward, whose masks are kept (one byte an element)."""
     context_parallel: bool = False
     """Attention over a split sequence exists (Transformer Engine)."""
+    attention_generation: Literal[2, 3] = 2
+    """Of the fused attention kernel. 2: FlashAttention-2, torch's. 3: made for Hopper (FlashAttention-3, cuDNN)."""
+    fused_cross_entropy: bool = False
+    """One pass over the logits. False: fp32 copies of them."""
+    tensor_overlap: Literal["none", "backward", "full"] = "backward"
+    """What hides the tensor-parallel messages. backward: the products of the backward pass, as in megatron-core; full:
+    forward products too, chunk by chunk (Transformer Engine's user buffers); none: Megatron-LM of 2021."""
+    split_messages: bool = False
+    """Pipeline messages are cut over TP also without sequence parallelism (Narayanan et al. 2021, section 4.1)."""
     biases: bool = False
     """Biases in the matrices; counted in time only, their bytes are nothing beside the matrices'."""
 
@@ -43,6 +52,10 @@ class Job:
     head_dim: int
     vocab_size: int
     """Padding for this layout included."""
+    true_vocab_size: int | None = None
+    """Without padding, for MFU. None: vocab_size has none."""
+    vocab_padding: int = 0
+    """Rows of it that are padding; where there are any, the loss masks them in a copy of the logits."""
     tie_embeddings: bool = False
     gated: bool = True
     """SwiGLU: three matrices in the feed-forward. False: two."""
@@ -86,6 +99,8 @@ class Job:
             num_query_groups=model.num_query_groups,
             head_dim=model.head_dim,
             vocab_size=parallel.padded_vocab(model.vocab_size),
+            true_vocab_size=model.vocab_size,
+            vocab_padding=parallel.padded_vocab(model.vocab_size) - model.vocab_size,
             tie_embeddings=model.tie_embeddings,
             sequence_length=config.data.sequence_length,
             micro_batch_size=config.data.micro_batch_size,
@@ -107,7 +122,7 @@ class Job:
             recompute_modules=precision.recompute_modules,
             recompute_method=precision.recompute_method,
             recompute_layers=precision.recompute_layers,
-            kernels=Kernels(fused_norm=engine, context_parallel=engine),
+            kernels=Kernels(fused_norm=True, context_parallel=engine, attention_generation=3 if engine else 2),
         )
 
     @property

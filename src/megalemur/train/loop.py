@@ -13,6 +13,7 @@ from megalemur.train.agreement import agree, draw
 from megalemur.train.ahead import ReadAhead
 from megalemur.train.evaluate import validate
 from megalemur.train.guard import Verdict
+from megalemur.train.pace import peaks_everywhere
 from megalemur.train.rollback import roll_back
 from megalemur.train.saving import begin_save, finish_save, prepare_saving, saves_ended
 from megalemur.train.setup import Run
@@ -99,6 +100,7 @@ def report(
         seconds=seconds,
         data_seconds=waited,
         rank_seconds=run.clock.everywhere(run.place) if logged else (),
+        peak_bytes=peaks_everywhere(run.place) if logged else (),
         ledger=run.data.training.ledger(state.samples) if logged else {},
         validation=losses,
         save_write_seconds=ended.seconds,

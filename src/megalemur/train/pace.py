@@ -8,6 +8,16 @@ import torch.distributed as dist
 from megalemur.parallel.groups import Place
 
 
+def peaks_everywhere(place: Place) -> list[int]:
+    """Peak of the CUDA allocator on every rank since the start; empty on CPU. A collective over the host."""
+    if place.device.type != "cuda":
+        return []
+    everyone = torch.zeros(place.world_size, dtype=torch.int64)
+    everyone[place.rank] = torch.cuda.max_memory_allocated()
+    dist.all_reduce(everyone, group=place.cpu_group)
+    return everyone.tolist()
+
+
 class ReadyClock:
     """Seconds from a step's beginning until this rank's gradients were ready, before it waited for other replicas.
 

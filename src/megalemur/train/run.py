@@ -4,6 +4,7 @@ import logging
 
 from megalemur.config.run import RunConfig
 from megalemur.observe.build import build_observers
+from megalemur.observe.expectation import Expectation
 from megalemur.observe.logs import setup_logging
 from megalemur.parallel.groups import Place, check_world, join, leave, world_from_environment
 from megalemur.supervise.pulse import Pulse, Section
@@ -26,13 +27,20 @@ _NO_END = (
 )
 
 
-def train(config: RunConfig, stop: StopRequest | None = None, pulse: Pulse | None = None) -> bool:
+def train(
+    config: RunConfig,
+    stop: StopRequest | None = None,
+    pulse: Pulse | None = None,
+    *,
+    expectation: Expectation | None = None,
+) -> bool:
     """Train as the run file says. Called by every process of the run.
 
     Args:
         config: the run.
         stop: already listening; without one, signals end the process as they would any other.
         pulse: shared with a supervisor.
+        expectation: a plan's figures, put beside the measured ones.
 
     Returns whether it was asked to stop before its last step; it has saved and can be started again.
 
@@ -52,13 +60,13 @@ def train(config: RunConfig, stop: StopRequest | None = None, pulse: Pulse | Non
     try:
         if step < config.last_step:
             refuse_crash_loop(config.checkpoint.directory, step, place)
-        return _train(config, place, stop, pulse)
+        return _train(config, place, stop, pulse, expectation)
     finally:
         pulse.enter(Section.ENDING)
         leave()
 
 
-def _train(config: RunConfig, place: Place, stop: StopRequest, pulse: Pulse) -> bool:
+def _train(config: RunConfig, place: Place, stop: StopRequest, pulse: Pulse, expectation: Expectation | None) -> bool:
     run = build_run(config, place)
     run.pulse = pulse
     _log.info("%s, at step %d of %d", run.origin.describe(), run.state.step, config.run.steps)
@@ -71,6 +79,7 @@ def _train(config: RunConfig, place: Place, stop: StopRequest, pulse: Pulse) -> 
         first_step=run.state.step,
         epoch_samples={s.config.name: s.samples.samples_per_epoch for s in run.data.training.sources.values()},
         standing=lambda: run.saver.saved_step or 0,
+        expectation=expectation,
     )
     try:
         stopped = run_loop(run, observers, stop)

@@ -1,8 +1,8 @@
 """The step: forward and backward over the micro-batches, one decision, one update."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -59,22 +59,34 @@ def train_step(engine: Engine, batches: Sequence[Batch], learning_rate: float) -
     return StepResult(loss, grad_norm, tokens, verdict)
 
 
-def run_schedule(engine: Engine, batches: Sequence[Batch], *, forward_only: bool) -> tuple[float, int]:
-    """(mean loss a token, tokens) of the micro-batches of all replicas, known to every rank.
+def forward_backward(
+    chunks: Sequence[torch.nn.Module],
+    forward: Callable[..., Any],
+    shape: Shape,
+    batches: Sequence[Batch],
+    *,
+    forward_only: bool,
+) -> list[dict[str, torch.Tensor]]:
+    """What this rank's loss function reports of each micro-batch; nothing on stages without a loss.
 
     megatron-core chooses the schedule: none, 1F1B or interleaved. Each chunk has an iterator of its own over the same
     micro-batches.
     """
-    several = len(engine.chunks) > 1
-    reports = get_forward_backward_func()(
-        forward_step_func=engine.forward,
-        data_iterator=[iter(batches) for _ in engine.chunks] if several else iter(batches),
-        model=list(engine.chunks) if several else engine.chunks[0],
+    several = len(chunks) > 1
+    return get_forward_backward_func()(
+        forward_step_func=forward,
+        data_iterator=[iter(batches) for _ in chunks] if several else iter(batches),
+        model=list(chunks) if several else chunks[0],
         num_microbatches=len(batches),
-        seq_length=engine.shape.sequence_length,
-        micro_batch_size=engine.shape.micro_batch_size,
+        seq_length=shape.sequence_length,
+        micro_batch_size=shape.micro_batch_size,
         forward_only=forward_only,
     )
+
+
+def run_schedule(engine: Engine, batches: Sequence[Batch], *, forward_only: bool) -> tuple[float, int]:
+    """(mean loss a token, tokens) of the micro-batches of all replicas, known to every rank."""
+    reports = forward_backward(engine.chunks, engine.forward, engine.shape, batches, forward_only=forward_only)
     sums = torch.zeros(2, dtype=torch.float64, device=engine.place.device)
     for report in reports:
         sums += report["sums"]

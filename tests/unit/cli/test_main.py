@@ -14,7 +14,7 @@ data: {sequence_length: 128, global_batch_size: 4, sources: [{name: code, path: 
 checkpoint: {directory: checkpoints}
 log: {directory: log}
 """
-COMMANDS = ["train", "show-config", "schema", "doctor", "generate", "quickstart"]
+COMMANDS = ["train", "plan", "lint", "show-config", "schema", "doctor", "generate", "quickstart"]
 
 
 def megalemur(*arguments):

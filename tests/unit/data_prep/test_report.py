@@ -1,7 +1,6 @@
 """The report of a data set: its numbers are right, a browser shows it, and nothing in a document is more than text."""
 
 import re
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -19,10 +18,10 @@ from data_prep.tokenizer import load_tokenizer
 from megalemur.data.errors import MissingDataError
 from megalemur.data.indexed import IndexedFile
 from megalemur.data.manifest import BadDocument, InputRecord, manifest_path
+from tests.support.browser import dom
 from tests.support.datasets import MODEL, tokenizer_record, write_dataset
 
 ROOT = Path(__file__).parents[3]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 ATTACK = """</div></pre><script>document.title = "owned"</script><img src=x onerror="document.title='owned'">"""
 TEXTS = [
     ATTACK,
@@ -103,15 +102,8 @@ def written(prefix, tokenizer):
 @pytest.fixture(scope="module")
 def browsed(written, tmp_path_factory):
     """What Chromium makes of the page, and what it has to say about it."""
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium to open the page")
-    home = tmp_path_factory.mktemp("chromium")
-    flags = ("--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--user-data-dir={home}")
-    line = [CHROMIUM, *flags, "--dump-dom", written.as_uri()]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=60)
-    if done.returncode:
-        pytest.skip(f"Chromium does not start here: {done.stderr[-300:]}")
-    return Page(done.stdout), done.stderr
+    text, log = dom(written, tmp_path_factory.mktemp("chromium"))
+    return Page(text), log
 
 
 def test_a_browser_shows_the_numbers(browsed, prefix):

@@ -19,7 +19,8 @@ RUN_FILE = "launch/runs/quickstart.yaml"
 
 # srun: one line a word of the call, then the task for rank 5 of 16 in this environment.
 FAKE_SRUN = """#!/usr/bin/env bash
-printf '%s\\n' "$@" > "$RECORD/srun"
+[[ " $* " == *" lint "* ]] && record=lint-srun || record=srun
+printf '%s\\n' "$@" > "$RECORD/$record"
 while [[ $1 == --* ]]; do shift; done
 SLURM_PROCID=5 SLURM_LOCALID=1 SLURM_NTASKS=16 "$@"
 """
@@ -33,6 +34,11 @@ printf '%s\\n' "$@" > "$RECORD/squeue"
 [[ -n ${JOB_END:-} ]] && echo "$JOB_END"
 """
 FAKE_PYTHON = """#!/usr/bin/env bash
+if [[ $3 == lint ]]; then
+    printf '%s\\n' "$@" > "$RECORD/lint"
+    env > "$RECORD/lint-environment"
+    exit "${LINT_EXIT:-0}"
+fi
 printf '%s\\n' "$@" > "$RECORD/trainer"
 env > "$RECORD/environment"
 [[ -z ${SAVED_STEP:-} ]] || echo "$SAVED_STEP" > "$MEGALEMUR_PROGRESS"
@@ -139,6 +145,25 @@ def test_run_file_and_overrides_reach_the_trainer_word_for_word(cluster: dict[st
     ]
 
 
+def test_one_task_lints_before_the_others_start(cluster: dict[str, str]):
+    assert _submit(cluster, RUN_FILE, "run.name=two words").returncode == 0
+    assert _recorded(cluster, "lint") == ["-m", "megalemur.cli.main", "lint", "--files", RUN_FILE, "run.name=two words"]
+    words = _recorded(cluster, "lint-srun")
+    assert {"--nodes=1", "--ntasks=1", f"--output={cluster['MEGALEMUR_LOGS']}/lint.log"} <= set(words)
+    assert f"--output={cluster['MEGALEMUR_LOGS']}/rank-%t.log" not in words
+    seen = dict(line.partition("=")[::2] for line in _recorded(cluster, "lint-environment") if "=" in line)
+    assert (seen["MEGALEMUR_TASKS"], seen["CUDA_DEVICE_MAX_CONNECTIONS"]) == ("16", "1")
+    assert _recorded(cluster, "srun")
+
+
+@pytest.mark.parametrize("code", [11, 1])
+def test_what_lint_refuses_is_not_started_and_not_requeued(cluster: dict[str, str], code: int):
+    result = _submit(cluster | {"LINT_EXIT": str(code)}, RUN_FILE)
+    assert (result.returncode, "nothing was started" in result.stderr) == (code, True)
+    assert not (Path(cluster["RECORD"]) / "srun").exists()
+    assert not _was_requeued(cluster)
+
+
 def test_tasks_are_bound_logged_one_by_one_and_end_by_themselves(cluster: dict[str, str]):
     _submit(cluster, RUN_FILE)
     words = _recorded(cluster, "srun")
@@ -228,6 +253,7 @@ def test_a_signal_reaches_the_tasks_as_usr1_and_the_job_waits_for_them(
 ):
     ready = tmp_path / "ready"
     srun = f"""#!/usr/bin/env bash
+[[ " $* " == *" lint "* ]] && exit 0
 trap 'echo saving; sleep 0.2; {ends}' USR1
 touch {ready}
 while :; do sleep 0.05; done

@@ -1,0 +1,158 @@
+"""Fits the time model's constants to the published runs, and says how far its predictions are off.
+
+    python benchmarks/fit_plan.py            # residuals of the constants that are kept, in sample and held out
+    python benchmarks/fit_plan.py --fit      # fits, writes src/megalemur/plan/constants.yaml
+    python benchmarks/fit_plan.py --leave-out  # fits without each family and predicts it
+
+Blackwell's one constant is fitted on the rows of blackwell.csv, with the others as they are.
+
+The fit minimises squared logarithms of predicted over measured seconds, every family with the same weight and every
+configuration of a family too, with a weak pull of each constant to a typical value: what the rows do not say stays
+plausible. Needs scipy (the `fit` extra); nothing else of the project does.
+"""
+
+import argparse
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import yaml
+from annotated_types import Ge, Le
+
+from benchmarks.published_jobs import Row, configuration_error, errors, mean_error, predicted, rows, worst_error
+from megalemur.plan import constants as constants_module
+from megalemur.plan.cluster import load_cluster
+from megalemur.plan.constants import Constants, fitted
+from megalemur.plan.step_time import TimeModel
+
+CONSTANTS = Path(constants_module.__file__).with_name("constants.yaml")
+PULL = 0.1
+"""Weight of a constant's distance from its typical value, in widths of its bounds."""
+
+TYPICAL = {
+    "gemm_ampere": 0.8,
+    "gemm_hopper": 0.70,
+    "gemm_fp8": 0.60,
+    "attention": 0.6,
+    "memory": 0.85,
+    "links": 0.85,
+    "tensor_exposed": 0.3,
+    "step_gap": 0.004,
+}
+
+
+def bounds() -> dict[str, tuple[float, float]]:
+    """The range of each constant, from its declaration."""
+    found = {}
+    for name, field in Constants.model_fields.items():
+        low = next(item.ge for item in field.metadata if isinstance(item, Ge))
+        high = next(item.le for item in field.metadata if isinstance(item, Le))
+        found[name] = (float(low), float(high))
+    return found
+
+
+def fit(table: list[Row], names: tuple[str, ...] = tuple(TYPICAL), others: Constants | None = None) -> Constants:
+    """The constants that fit the rows best.
+
+    Args:
+        table: the rows.
+        names: constants that are fitted.
+        others: has the values of those that are not; None: their typical ones.
+    """
+    from scipy.optimize import least_squares
+
+    ranges, held = bounds(), {**TYPICAL, "blackwell": 1.0} if others is None else others.model_dump()
+    low = np.array([ranges[name][0] for name in names])
+    width = np.array([ranges[name][1] for name in names]) - low
+    typical = (np.array([{**TYPICAL, "blackwell": 0.8}[name] for name in names]) - low) / width
+    clusters = {row.cluster: load_cluster(row.cluster) for row in table}
+    in_configuration = Counter(row.configuration for row in table)
+    in_family = Counter(configuration[0] for configuration in in_configuration)
+    weights = [1 / math.sqrt(in_configuration[row.configuration] * in_family[row.family]) for row in table]
+
+    def unpack(point: np.ndarray) -> Constants:
+        values = low + width * np.clip(point, 0, 1)
+        return Constants(**{**held, **dict(zip(names, map(float, values), strict=True))})
+
+    def residuals(point: np.ndarray) -> np.ndarray:
+        models = {name: TimeModel(cluster, unpack(point)) for name, cluster in clusters.items()}
+        off = [
+            weight * math.log(predicted(row, models[row.cluster]) / row.seconds)
+            for row, weight in zip(table, weights, strict=True)
+        ]
+        return np.array([*off, *(PULL * (point - typical))])
+
+    starts = (typical, np.full(len(names), 0.5))
+    results = [least_squares(residuals, start, bounds=(0, 1), diff_step=1e-3) for start in starts]
+    return unpack(min(results, key=lambda result: result.cost).x)
+
+
+def leave_out(table: list[Row]) -> dict[str, dict[str, float]]:
+    """Errors of each family, predicted by constants that were fitted on the others."""
+    found = {}
+    for family in dict.fromkeys(row.family for row in table):
+        left, kept = [r for r in table if r.family == family], [r for r in table if r.family != family]
+        off = errors(left, fit(kept))
+        found[family] = {"mean": mean_error(off), "worst": worst_error(off)}
+    return found
+
+
+def show(title: str, table: list[Row], constants: Constants) -> None:
+    """Prints the residual table."""
+    found = errors(table, constants)
+    print(
+        f"\n{title}: mean {mean_error(found):.2%} (families alike), {configuration_error(found):.2%} "
+        f"(configurations alike), worst {worst_error(found):.2%}"
+    )
+    for family, configurations in found.items():
+        print(f"  {family}: {mean_error({family: configurations}):.2%}")
+        for configuration, off in configurations.items():
+            print(f"    {' '.join(map(str, configuration[1:])):58} {' '.join(f'{value:+.1%}' for value in off)}")
+
+
+def write(constants: Constants, table: list[Row], left_out: dict[str, dict[str, float]]) -> None:
+    """Keeps the constants and their errors."""
+    found = errors(table, constants)
+    values = {
+        "constants": {name: float(f"{value:.4g}") for name, value in constants.model_dump().items()},
+        "residuals": {
+            "mean": round(mean_error(found), 4),
+            "worst": round(worst_error(found), 4),
+            "rows": {
+                " ".join(map(str, configuration)): [round(value, 4) for value in off]
+                for family in found.values()
+                for configuration, off in family.items()
+            },
+        },
+        "left_out": {family: {k: round(v, 4) for k, v in off.items()} for family, off in left_out.items()},
+    }
+    head = "# Written by benchmarks/fit_plan.py --fit: not edited by hand. What each constant is says constants.py.\n"
+    CONSTANTS.write_text(head + yaml.safe_dump(values, sort_keys=False, width=120), encoding="utf-8")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fit", action="store_true", help="fit, and write the constants")
+    parser.add_argument("--leave-out", action="store_true", help="fit without each family in turn, and predict it")
+    options = parser.parse_args()
+    table = rows("published_runs.csv")
+    if options.fit:
+        best = fit(rows("blackwell.csv"), ("blackwell",), fit(table))
+        rounded = {name: float(f"{value:.4g}") for name, value in best.model_dump().items()}
+        write(Constants(**rounded), table, leave_out(table))
+        fitted.cache_clear()
+    constants = fitted()
+    for name, value in constants.model_dump().items():
+        print(f"{name:16} {value:.4g}   {bounds()[name]}")
+    show("fitted", table, constants)
+    if options.leave_out:
+        for family, off in leave_out(table).items():
+            print(f"without {family}: {off['mean']:.2%}, worst {off['worst']:.2%}")
+    show("Blackwell's constant fitted", rows("blackwell.csv"), constants)
+    show("held out", rows("held_out.csv"), constants)
+
+
+if __name__ == "__main__":
+    main()
