@@ -214,6 +214,10 @@ def recompute_text(job: Job) -> str:
     return "no recompute"
 
 
+def _difference(share: float) -> str:
+    return "same" if abs(share) < 0.0005 else f"{share:+.1%}"
+
+
 def _layouts(candidates: Sequence[Candidate], limit: int, against: float | None) -> Table:
     grid = Table(box=None, padding=(0, 1), header_style="bright_black")
     for name in ("step", "vs now", "GB", "of card"):
@@ -221,7 +225,7 @@ def _layouts(candidates: Sequence[Candidate], limit: int, against: float | None)
             grid.add_column(name, justify="right", no_wrap=True)
     grid.add_column("layout")
     for one in candidates:
-        relative = [] if against is None else [f"{one.seconds / against - 1:+.1%}"]
+        relative = [] if against is None else [_difference(one.seconds / against - 1)]
         sizes = (f"{one.peak_bytes / _GB:.1f}", f"{one.peak_bytes / limit:.0%}")
         grid.add_row(seconds_text(one.seconds), *relative, *sizes, layout_text(one.job))
     return grid
