@@ -198,6 +198,8 @@ class _Table:
     directory: Path
     metadata: DcpMetadata
     notes: list[str] = field(default_factory=list)
+    _leaves: dict[tuple[str, int, int], Any] = field(default_factory=dict)
+    """What an archive holds, by its place: one that is named many times is opened once."""
 
     def vocabulary(self) -> int:
         """Rows of the embedding, padding included."""
@@ -254,7 +256,10 @@ class _Table:
     def _stored(self, what: str, box: Box, tensor: DcpTensor, chunk: DcpChunk) -> Stored:
         """Where the elements lie: behind the header of the chunk's own archive."""
         file = self.directory / chunk.file
-        leaf = read_archive(file, chunk.first, chunk.length).tree
+        place = chunk.file, chunk.first, chunk.length
+        if place not in self._leaves:
+            self._leaves[place] = read_archive(file, chunk.first, chunk.length).tree
+        leaf = self._leaves[place]
         if not isinstance(leaf, StoredTensor):
             raise DamagedCheckpoint(file, f"{what}: the archive at byte {chunk.first} holds no tensor")
         if tuple(leaf.shape) != box.shape or leaf.dtype != tensor.dtype:
