@@ -2,8 +2,9 @@
 
 Facts, from Meta's own model code and transformers' conversion of it. The rows of wq and wk alternate between the two
 halves of a head that are rotated together, where Hugging Face has the halves one behind the other. Llama 1 and 2 split
-the embedding by columns, Llama 3 by rows. wo and w2 are split by columns, everything else by rows, norms not at all.
-params.json says neither the context length nor, in part, the rotary scaling: see `_context` and `_scaling`.
+the embedding by columns, Llama 3 by rows. wo and w2 are split by columns, everything else by rows. Norms are not split:
+each part holds them, and they are compared. params.json says neither the context length nor, in part, the rotary
+scaling: see `_context` and `_scaling`.
 """
 
 import re
@@ -13,12 +14,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from checkpoints_tools.copies import first_difference
 from checkpoints_tools.errors import ConversionError
 from checkpoints_tools.foreign import StoredTensor, read_archive
 from checkpoints_tools.opened import Opened
 from checkpoints_tools.regions import WEIGHT, Key, Region
 from checkpoints_tools.stored import region_of, stored_tensors, stub_notes
-from megalemur.checkpoint.errors import UnreadableCheckpoint
+from megalemur.checkpoint.errors import DamagedCheckpoint, UnreadableCheckpoint
 from megalemur.config.model import ModelConfig
 from megalemur.config.plain_files import read_plain
 from megalemur.config.strict_json import parse_json, readable_json
@@ -87,10 +89,11 @@ def open_meta(path: Path, model: ModelConfig | None = None) -> Opened:
     if model is not None:
         found = _agreed(path, found, model)
         notes = []
-    if _ROPE_FREQUENCIES in parts[0].tensors:
+    if all(_ROPE_FREQUENCIES in part.tensors for part in parts):
+        _same_everywhere(parts, _ROPE_FREQUENCIES)
         notes.append(f"{_ROPE_FREQUENCIES} is not read: it follows from the rotary settings")
     if len(parts) > 1:
-        notes.append(f"norms lie in all {len(parts)} parts and are read from {parts[0].file.name}")
+        notes.append(f"norms lie in all {len(parts)} parts, which agree")
     config, small_files = _settings(path, found, parts[0])
     return Opened(
         NAME,
@@ -322,6 +325,21 @@ def _rotated(stored: StoredTensor, what: tuple[Path, str], start: int, head: int
 
 
 def _same_everywhere(parts: Sequence[_Part], name: str) -> None:
-    shapes = {part.get(name).shape for part in parts}
-    if len(shapes) > 1:
-        raise ConversionError(f"{parts[0].file.parent}: the parts' {name} have shapes {sorted(map(list, shapes))}")
+    """Whether all parts have the same vector, as every rank of a run does.
+
+    Raises:
+        ConversionError: they have other shapes or dtypes, or are no vectors row by row.
+        DamagedCheckpoint: names the part and the first element that differs from part 0's.
+    """
+    first, *others = [(part.file, part.get(name)) for part in parts]
+    for file, stored in others:
+        if stored.shape != first[1].shape:
+            shapes = sorted({part.get(name).shape for part in parts})
+            raise ConversionError(f"{first[0].parent}: the parts' {name} have shapes {list(map(list, shapes))}")
+        if stored.dtype != first[1].dtype or not (stored.is_contiguous and first[1].is_contiguous):
+            raise ConversionError(f"{file}: {name} is stored in another way than in {first[0].name}")
+        index = first_difference(first, (file, stored))
+        if index is not None:
+            raise DamagedCheckpoint(
+                file, f"{name}[{index}] differs from {first[0].name}'s, and all parts hold the same {name}"
+            )
