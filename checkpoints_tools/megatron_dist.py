@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from checkpoints_tools.errors import ConversionError
+from checkpoints_tools.errors import ConversionError, UnfitSource
 from checkpoints_tools.foreign import (
     DcpChunk,
     DcpMetadata,
@@ -238,7 +238,7 @@ class _Table:
             return
         flat = len(tensor.size) == len(known.shape) + 1
         if not flat and tuple(tensor.size) != known.shape:
-            raise ConversionError(
+            raise UnfitSource(
                 f"{self.directory / METADATA}: {key} has shape {list(tensor.size)}, the model wants {list(known.shape)}"
             )
         for chunk in self._chunks(key, tensor):
@@ -266,7 +266,7 @@ class _Table:
             said = f"{leaf.dtype} {list(leaf.shape)}"
             raise DamagedCheckpoint(file, f"{what}: {said}, where {METADATA} says {tensor.dtype} {list(box.shape)}")
         if not leaf.is_contiguous:
-            raise ConversionError(f"{file}: {what} is stored with strides {list(leaf.strides)}, not row by row")
+            raise UnfitSource(f"{file}: {what} is stored with strides {list(leaf.strides)}, not row by row")
         return Stored(box, chunk.file, leaf.offset, contiguous_strides(box.shape), leaf.dtype)
 
 

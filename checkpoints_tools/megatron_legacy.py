@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from checkpoints_tools.copies import first_difference
-from checkpoints_tools.errors import ConversionError
+from checkpoints_tools.errors import ConversionError, UnfitSource
 from checkpoints_tools.foreign import StoredTensor
 from checkpoints_tools.megatron_args import HOW_TO_GIVE_IT, model_and_notes
 from checkpoints_tools.megatron_dist import TRACKER, tokenizer_files
@@ -44,7 +44,8 @@ def open_megatron_legacy(path: Path, model: ModelConfig | None = None) -> Opened
         model: the architecture, for files that do not say it, or in the place of what they say.
 
     Raises:
-        ConversionError: another model than a Llama, one that nobody describes, or ranks that do not fit together.
+        ConversionError: another model than a Llama, or one that nobody describes.
+        UnfitSource: ranks that do not fit together.
         DamagedCheckpoint: files that are cut short or are not what torch.save writes.
     """
     try:
@@ -137,17 +138,17 @@ class _Grid:
         ):
             told = settings.get(name)
             if isinstance(told, int) and told != found:
-                raise ConversionError(f"{first.path}: {name} is {told}, and what lies here is of {found}")
+                raise UnfitSource(f"{first.path}: {name} is {told}, and what lies here is of {found}")
         for (_, stage), rank in self.ranks.items():
             if rank.iteration != first.iteration:
-                raise ConversionError(
+                raise UnfitSource(
                     f"{rank.path}: is of iteration {rank.iteration}, and {first.path} of {first.iteration}"
                 )
             twin = self.ranks[0, stage]
             for number in range(self.chunks):
                 odd = set(rank.chunk(number)) ^ set(twin.chunk(number))
                 if odd:
-                    raise ConversionError(f"{min(odd)} is in one of {twin.path} and {rank.path}, and not in the other")
+                    raise UnfitSource(f"{min(odd)} is in one of {twin.path} and {rank.path}, and not in the other")
             if rank.has_old_names:
                 self._refuse_other_order(rank)
 
@@ -195,7 +196,7 @@ class _Grid:
         counts = [[self.ranks[0, p].layers(chunk) for chunk in range(self.chunks)] for p in range(self.stages)]
         if sum(map(sum, counts)) != model.num_layers:
             told = ", ".join(" + ".join(map(str, stage)) for stage in counts)
-            raise ConversionError(
+            raise UnfitSource(
                 f"{self.directory}: the stages hold {told} layers, and the model has {model.num_layers}; is a stage's "
                 "folder missing?"
             )
@@ -264,9 +265,9 @@ def _refuse_other_shape(path: Path, one: _Parameter, split: Split) -> None:
     try:
         wanted = local_shape(one.name, split)
     except KeyError:
-        raise ConversionError(f"{path}: {one.name}: no Llama has it") from None
+        raise UnfitSource(f"{path}: {one.name}: no Llama has it") from None
     if one.stored.shape != wanted:
-        raise ConversionError(
+        raise UnfitSource(
             f"{path}: {one.name} has shape {list(one.stored.shape)}; one of {split.tensor} ranks has {list(wanted)} of "
             f"this model with its vocabulary padded to {split.padded_vocab}"
         )

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from checkpoints_tools.copies import first_difference
-from checkpoints_tools.errors import ConversionError
+from checkpoints_tools.errors import ConversionError, UnfitSource
 from checkpoints_tools.foreign import StoredTensor, read_archive
 from checkpoints_tools.opened import Opened
 from checkpoints_tools.regions import WEIGHT, Key, Region
@@ -57,13 +57,13 @@ class _Part(NamedTuple):
 
     def get(self, name: str) -> StoredTensor:
         if name not in self.tensors:
-            raise ConversionError(f"{self.file}: {name} is missing")
+            raise UnfitSource(f"{self.file}: {name} is missing")
         return self.tensors[name]
 
     def rows(self, name: str) -> int:
         shape = self.get(name).shape
         if len(shape) != 2:
-            raise ConversionError(f"{self.file}: {name} has shape {list(shape)}, where a matrix is expected")
+            raise UnfitSource(f"{self.file}: {name} has shape {list(shape)}, where a matrix is expected")
         return shape[0]
 
 
@@ -80,7 +80,7 @@ def open_meta(path: Path, model: ModelConfig | None = None) -> Opened:
         model: what the model is, where its context length or rotary scaling is another than is taken for granted.
 
     Raises:
-        ConversionError, DamagedCheckpoint: no Llama, or files that do not fit together.
+        ConversionError, UnfitSource, DamagedCheckpoint: no Llama, or files that do not fit together.
     """
     params = _params(path / PARAMS)
     archives = {file.name: read_archive(file) for file in _files(path)}
@@ -112,7 +112,7 @@ def _files(path: Path) -> list[Path]:
     numbers = [int(_FILE.fullmatch(file.name)[1]) for file in files]  # type: ignore[index]
     if numbers != list(range(len(files))):
         missing = sorted(set(range(numbers[-1])) - set(numbers))
-        raise ConversionError(f"{path}: consolidated.{missing[0]:02d}.pth is missing")
+        raise UnfitSource(f"{path}: consolidated.{missing[0]:02d}.pth is missing")
     return files
 
 
@@ -122,19 +122,19 @@ def _params(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise UnreadableCheckpoint(file, f"cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise ConversionError(f"{file} is no JSON: {error}") from None
+        raise UnfitSource(f"{file} is no JSON: {error}") from None
     params = params.get("model", params) if isinstance(params, dict) else params
     if not isinstance(params, dict):
-        raise ConversionError(f"{file} is no JSON object")
+        raise UnfitSource(f"{file} is no JSON object")
     sizes = {name: params.get(name) for name in ("dim", "n_layers", "n_heads")}
     sizes |= {name: params[name] for name in ("n_kv_heads", "multiple_of") if params.get(name) is not None}
     for name, value in sizes.items():
         if type(value) is not int or not 0 < value < 1 << 31:
-            raise ConversionError(f"{file}: {name} is {str(value)[:100]}, which is no size of a model")
+            raise UnfitSource(f"{file}: {name} is {str(value)[:100]}, which is no size of a model")
     for name in ("norm_eps", "rope_theta", "ffn_dim_multiplier", "rope_scaling_factor"):
         value = params.get(name)
         if value is not None and (type(value) not in (int, float) or not 0 < value < 1e12):
-            raise ConversionError(f"{file}: {name} is {str(value)[:100]}, which is no such number")
+            raise UnfitSource(f"{file}: {name} is {str(value)[:100]}, which is no such number")
     return params
 
 
@@ -142,7 +142,7 @@ def _model(file: Path, params: Mapping[str, Any], parts: Sequence[_Part]) -> tup
     """The model, and what of it params.json does not say."""
     layers = len({name.split(".")[1] for name in parts[0].tensors if re.match(r"layers\.\d+\.", name)})
     if layers != params["n_layers"]:
-        raise ConversionError(f"{file}: n_layers is {params['n_layers']}, and {parts[0].file.name} holds {layers}")
+        raise UnfitSource(f"{file}: n_layers is {params['n_layers']}, and {parts[0].file.name} holds {layers}")
     ffn = sum(part.rows("layers.0.feed_forward.w1.weight") for part in parts)
     _check_ffn(file, params, ffn)
     vocabulary = _vocabulary(file, params, parts)
@@ -164,7 +164,7 @@ def _model(file: Path, params: Mapping[str, Any], parts: Sequence[_Part]) -> tup
     try:
         model = parse_hf_config(readable_json(values), file).model
     except ValueError as error:
-        raise ConversionError(str(error)) from None
+        raise UnfitSource(str(error)) from None
     notes = [f"{PARAMS} does not say the context length; taken to be {context} tokens"]
     if scaling is not None and params.get("rope_scaling_factor") is None:
         notes.append(f"{PARAMS} does not say the rotary scaling's factor; taken to be {scaling['factor']:g}")
@@ -180,7 +180,7 @@ def _check_ffn(file: Path, params: Mapping[str, Any], ffn: int) -> None:
         wanted = int(params["ffn_dim_multiplier"] * wanted)
     wanted = -(-wanted // unit) * unit
     if wanted != ffn:
-        raise ConversionError(f"{file}: dim, multiple_of and ffn_dim_multiplier make {wanted}, and w1 has {ffn} rows")
+        raise UnfitSource(f"{file}: dim, multiple_of and ffn_dim_multiplier make {wanted}, and w1 has {ffn} rows")
 
 
 def _vocabulary(file: Path, params: Mapping[str, Any], parts: Sequence[_Part]) -> int:
@@ -189,13 +189,13 @@ def _vocabulary(file: Path, params: Mapping[str, Any], parts: Sequence[_Part]) -
     if _by_columns(params["dim"], parts):
         counts = {part.rows(name) for part in parts}
         if len(counts) > 1:
-            raise ConversionError(f"{file.parent}: the parts' {name} have {sorted(counts)} rows")
+            raise UnfitSource(f"{file.parent}: the parts' {name} have {sorted(counts)} rows")
         (rows,) = counts
     else:
         rows = sum(part.rows(name) for part in parts)
     said = params.get("vocab_size", -1)
     if said not in (-1, None, rows):
-        raise ConversionError(f"{file}: vocab_size is {str(said)[:100]}, and {name} has {rows} rows")
+        raise UnfitSource(f"{file}: vocab_size is {str(said)[:100]}, and {name} has {rows} rows")
     return rows
 
 
@@ -204,7 +204,7 @@ def _by_columns(dim: int, parts: Sequence[_Part]) -> bool:
     name, (_, *columns) = _OUTSIDE[EMBEDDING], parts[0].get(_OUTSIDE[EMBEDDING]).shape or (0,)
     if columns not in ([dim], [dim // len(parts)]):
         shape = list(parts[0].get(name).shape)
-        raise ConversionError(
+        raise UnfitSource(
             f"{parts[0].file}: {name} has shape {shape}: neither the {dim} columns of an embedding that is split by "
             f"rows, nor the {dim / len(parts):g} of one that is split by columns over {len(parts)} parts"
         )
@@ -279,7 +279,7 @@ def _regions(model: ModelConfig, parts: Sequence[_Part]) -> dict[Key, list[Regio
     for part in parts:
         odd = sorted(part.tensors.keys() - used - {_ROPE_FREQUENCIES})
         if odd:
-            raise ConversionError(f"{part.file}: {odd[0][:200]} is nothing that a Llama has")
+            raise UnfitSource(f"{part.file}: {odd[0][:200]} is nothing that a Llama has")
     return found
 
 
@@ -295,12 +295,12 @@ def _of(
     by_columns = inside in _COLUMNS or (inside == EMBEDDING and _by_columns(model.hidden_size, parts))
     extent, rest = divmod(shape[1 if by_columns else 0], len(parts))
     if rest:
-        raise ConversionError(f"{parts[0].file}: {name} of shape {list(shape)} cannot be split over {len(parts)} parts")
+        raise UnfitSource(f"{parts[0].file}: {name} of shape {list(shape)} cannot be split over {len(parts)} parts")
     for number, part in enumerate(parts):
         stored, what, start = part.get(name), (part.file, name), number * extent
         expected = (shape[0], extent) if by_columns else (extent, shape[1])
         if stored.shape != expected:
-            raise ConversionError(
+            raise UnfitSource(
                 f"{part.file}: {name} has shape {list(stored.shape)}; {list(expected)} is expected of one of "
                 f"{len(parts)} parts"
             )
@@ -316,7 +316,7 @@ def _rotated(stored: StoredTensor, what: tuple[Path, str], start: int, head: int
     """Row 2i + j of a head at Meta is row j head/2 + i of it at Hugging Face."""
     rows, columns = stored.shape
     if rows % head:
-        raise ConversionError(f"{what[0]}: {what[1]} has {rows} rows, which are no whole heads of {head}")
+        raise UnfitSource(f"{what[0]}: {what[1]} has {rows} rows, which are no whole heads of {head}")
     half = head // 2
     for first in range(0, rows, head):
         for j in (0, 1):
@@ -328,16 +328,16 @@ def _same_everywhere(parts: Sequence[_Part], name: str) -> None:
     """Whether all parts have the same vector, as every rank of a run does.
 
     Raises:
-        ConversionError: they have other shapes or dtypes, or are no vectors row by row.
+        UnfitSource: they have other shapes or dtypes, or are no vectors row by row.
         DamagedCheckpoint: names the part and the first element that differs from part 0's.
     """
     first, *others = [(part.file, part.get(name)) for part in parts]
     for file, stored in others:
         if stored.shape != first[1].shape:
             shapes = sorted({part.get(name).shape for part in parts})
-            raise ConversionError(f"{first[0].parent}: the parts' {name} have shapes {list(map(list, shapes))}")
+            raise UnfitSource(f"{first[0].parent}: the parts' {name} have shapes {list(map(list, shapes))}")
         if stored.dtype != first[1].dtype or not (stored.is_contiguous and first[1].is_contiguous):
-            raise ConversionError(f"{file}: {name} is stored in another way than in {first[0].name}")
+            raise UnfitSource(f"{file}: {name} is stored in another way than in {first[0].name}")
         index = first_difference(first, (file, stored))
         if index is not None:
             raise DamagedCheckpoint(
