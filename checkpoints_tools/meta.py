@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from checkpoints_tools import llama3_tokenizer
 from checkpoints_tools.copies import first_difference
 from checkpoints_tools.errors import ConversionError, UnfitSource
 from checkpoints_tools.foreign import StoredTensor, read_archive
@@ -258,13 +259,26 @@ def _settings(path: Path, model: ModelConfig, part: _Part) -> tuple[dict[str, An
     # Llama 1 and 2 keep one tokenizer beside the directories of the models
     for file in (path / TOKENIZER, path.absolute().parent / TOKENIZER):
         try:
-            small_files[TOKENIZER] = read_plain(file)
+            small_files |= _tokenizer(read_plain(file), file, model)
             break
         except FileNotFoundError:
             continue
         except OSError as error:
             raise UnreadableCheckpoint(file, f"cannot be read: {error.strerror}") from error
     return config, small_files
+
+
+def _tokenizer(data: bytes, file: Path, model: ModelConfig) -> dict[str, bytes]:
+    """As Hugging Face has it: SentencePiece models as they are, Llama 3's as tokenizer.json."""
+    if not llama3_tokenizer.recognises(data):
+        return {TOKENIZER: data}
+    return llama3_tokenizer.hugging_face_files(
+        data,
+        file,
+        release_3_1=model.rope_scaling is not None,
+        rows=model.vocab_size,
+        context=model.max_position_embeddings,
+    )
 
 
 def _regions(model: ModelConfig, parts: Sequence[_Part]) -> dict[Key, list[Region]]:
