@@ -46,6 +46,7 @@ class Average:
         for number, (one, other) in enumerate(pairwise(checkpoints), 2):
             _refuse_other_model(one, other, number)
         self.model = checkpoints[0].model
+        self._shapes = hf_shapes(self.model)
         self.dtypes = {key: dtype or old for key, old in checkpoints[0].dtypes.items() if key.kind == WEIGHT}
         if dtype is None:
             self._refuse_several_dtypes()
@@ -71,7 +72,7 @@ class Average:
             ConversionError: a value is not finite, in a checkpoint or in the result's dtype.
             DamagedCheckpoint: a checkpoint cannot be read, or is not what it says.
         """
-        shape = (last - first, *hf_shapes(self.model)[key.name][1:])
+        shape = (last - first, *self._shapes[key.name][1:])
         out = torch.empty(shape, dtype=self.dtypes[key])
         step = max(1, _PIECE // math.prod(shape[1:]))
         for start in range(first, last, step):

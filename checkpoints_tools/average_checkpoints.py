@@ -92,20 +92,13 @@ def _dtype(choice: DtypeChoice | None) -> "torch.dtype | None":
 def _write(console: "Console", average: "Average", checkpoints: "Sequence[Opened]", request: "Request") -> None:
     import torch
 
-    from checkpoints_tools.conversion import convert, fingerprint
-    from checkpoints_tools.errors import ConversionError
+    from checkpoints_tools.conversion import convert
     from checkpoints_tools.printing import plain, size_text
     from checkpoints_tools.progress import Stages
 
     torch.set_num_threads(1)  # the workers are the threads
-    before = [part["files"] for part in request.changes["mean_of"]]
     with Stages(console) as stages:
-        outcome = convert(average, checkpoints[0], request, progress=stages.begin)
-    changed = [str(one.path) for one, files in zip(checkpoints, before, strict=True) if fingerprint(one) != files]
-    if changed:
-        raise ConversionError(
-            f"{', '.join(changed)} changed while the mean was made: delete {request.destination} and repeat it"
-        )
+        outcome = convert(average, checkpoints[0], request, others=checkpoints[1:], progress=stages.begin)
     said = (
         f"{request.destination}: mean of {len(checkpoints)} checkpoints, {size_text(outcome.bytes)} written in "
         f"{outcome.write_seconds:.1f} s, read back and found equal in {outcome.verify_seconds:.1f} s"

@@ -27,13 +27,13 @@ def compare(expected: Mapping[Key, str], destination: Weights, workers: int, pro
     Raises:
         CertificateError: names the tensors that differ or are not there.
     """
-    keys, lock = list(expected), threading.Lock()
+    keys, lock, shapes = list(expected), threading.Lock(), hf_shapes(destination.model)
     differing: list[Key] = []
     missing = [key for key in keys if key not in destination.dtypes]
     surplus = [key for key in destination.dtypes if key not in expected]
 
     def one(number: int) -> None:
-        found = digest_of(destination, keys[number], progress)
+        found = digest_of(destination, keys[number], shapes[keys[number].name], progress)
         if found != expected[keys[number]]:
             with lock:
                 differing.append(keys[number])

@@ -1,7 +1,8 @@
 """One conversion from its beginning to its certificate."""
 
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ def convert(
     source: Opened,
     request: Request,
     *,
+    others: Sequence[Opened] = (),
     progress: Callable[[str, int], Progress] = _no_progress,
 ) -> Outcome:
     """Write the weights, read them back, certify, and only then give the destination its name.
@@ -80,29 +82,35 @@ def convert(
         weights: what is written: the source's tensors, or those with changes laid over them.
         source: where they come from.
         request: what is wanted.
+        others: more checkpoints that the weights are made of.
         progress: called with the name of a stage and its bytes; gets told of bytes that were dealt with.
 
     Raises:
         ConversionError: the destination is there, does not fit on the disk, or cannot be made of this.
-        DamagedCheckpoint: the source cannot be read, or is not what it says.
+        DamagedCheckpoint: a source cannot be read, or is not what it says.
         CertificateError: what was written is not what was read.
     """
     layout = lay_out(weights, source, request)
-    before = fingerprint(source)
+    sources = (source, *others)
+    before = [fingerprint(one) for one in sources]
     draft = Draft(request.destination, plan_digest(layout, {"files": before, "changes": dict(request.changes)}))
     draft.open(resume=request.resume)
     try:
         refuse_full_disk(layout, draft)
-        total = sum(bytes_of(weights, key) for unit in layout.units for key in unit)
-        kept = sum(bytes_of(weights, key) for number in draft.done for key in layout.units[number])
+        sizes = tensor_bytes(weights)
+        total = sum(sizes[key] for unit in layout.units for key in unit)
+        kept = sum(sizes[key] for number in draft.done for key in layout.units[number])
         began = time.monotonic()
         advance = progress("writing", total)
         advance(kept)
         Mover(weights, layout, draft).move(request.workers, advance)
         finish_files(layout, draft)
         middle = time.monotonic()
-        if fingerprint(source) != before:
-            raise ConversionError(f"{source.path} was changed while it was read; convert it again")
+        changed = [str(one.path) for one, files in zip(sources, before, strict=True) if fingerprint(one) != files]
+        if changed:
+            raise ConversionError(
+                f"{', '.join(changed)} changed while being read: remove {draft.folder} and convert again"
+            )
         found = digests(draft)
         _verify(draft, request, weights, found, progress("verifying", total))
         end = time.monotonic()
@@ -149,12 +157,10 @@ def _destination(layout: Layout, request: Request) -> dict[str, Any]:
     return said
 
 
-def bytes_of(weights: Weights, key: Key) -> int:
-    """Of a tensor, as it is read."""
-    count = 1
-    for extent in hf_shapes(weights.model)[key.name]:
-        count *= extent
-    return count * weights.dtypes[key].itemsize
+def tensor_bytes(weights: Weights) -> dict[Key, int]:
+    """Of every tensor, as it is read."""
+    shapes = hf_shapes(weights.model)
+    return {key: math.prod(shapes[key.name]) * dtype.itemsize for key, dtype in weights.dtypes.items()}
 
 
 def fingerprint(source: Opened) -> list[list[Any]]:

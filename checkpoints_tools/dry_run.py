@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from checkpoints_tools.conversion import Request, bytes_of, lay_out, left_out
+from checkpoints_tools.conversion import Request, lay_out, left_out, tensor_bytes
 from checkpoints_tools.opened import Opened, Weights
 from checkpoints_tools.regions import Region
 from megalemur.model.names import hf_shapes
@@ -14,7 +14,7 @@ from megalemur.model.names import hf_shapes
 
 def show(console: Console, weights: Weights, source: Opened, request: Request) -> None:
     """Print the table; writes nothing."""
-    layout, shapes = lay_out(weights, source, request), hf_shapes(weights.model)
+    layout, shapes, sizes = lay_out(weights, source, request), hf_shapes(weights.model), tensor_bytes(weights)
     table = Table(title=f"{source.path} ({source.format}) to {request.destination} ({layout.format})")
     for title in ("tensor", "from", "to", "shape", "dtype"):
         table.add_column(title, overflow="fold")
@@ -28,7 +28,7 @@ def show(console: Console, weights: Weights, source: Opened, request: Request) -
                 _places(list(layout.regions[key])),
                 " x ".join(map(str, shapes[key.name])),
                 new if old == new else f"{old} to {new}",
-                f"{bytes_of(weights, key) / 1e6:,.2f}",
+                f"{sizes[key] / 1e6:,.2f}",
             )
     console.print(table)
     wanted = sum(layout.sizes.values()) + sum(map(len, layout.small_files.values()))

@@ -4,7 +4,11 @@ from megalemur.checkpoint.errors import CheckpointError
 
 
 class ConversionError(CheckpointError):
-    """A source that is not what its format says, or a destination that cannot be made of it."""
+    """A source that is in no known format, or a destination that cannot be made of it."""
+
+
+class UnfitSource(ConversionError):
+    """A source whose files do not fit together: tensors or parts that are missing, too much or of another shape."""
 
 
 class CertificateError(CheckpointError):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from checkpoints_tools.errors import ConversionError
+from checkpoints_tools.errors import ConversionError, UnfitSource
 from checkpoints_tools.foreign import (
     DcpChunk,
     DcpMetadata,
@@ -198,6 +198,8 @@ class _Table:
     directory: Path
     metadata: DcpMetadata
     notes: list[str] = field(default_factory=list)
+    _leaves: dict[tuple[str, int, int], Any] = field(default_factory=dict)
+    """What an archive holds, by its place: one that is named many times is opened once."""
 
     def vocabulary(self) -> int:
         """Rows of the embedding, padding included."""
@@ -236,7 +238,7 @@ class _Table:
             return
         flat = len(tensor.size) == len(known.shape) + 1
         if not flat and tuple(tensor.size) != known.shape:
-            raise ConversionError(
+            raise UnfitSource(
                 f"{self.directory / METADATA}: {key} has shape {list(tensor.size)}, the model wants {list(known.shape)}"
             )
         for chunk in self._chunks(key, tensor):
@@ -254,14 +256,17 @@ class _Table:
     def _stored(self, what: str, box: Box, tensor: DcpTensor, chunk: DcpChunk) -> Stored:
         """Where the elements lie: behind the header of the chunk's own archive."""
         file = self.directory / chunk.file
-        leaf = read_archive(file, chunk.first, chunk.length).tree
+        place = chunk.file, chunk.first, chunk.length
+        if place not in self._leaves:
+            self._leaves[place] = read_archive(file, chunk.first, chunk.length).tree
+        leaf = self._leaves[place]
         if not isinstance(leaf, StoredTensor):
             raise DamagedCheckpoint(file, f"{what}: the archive at byte {chunk.first} holds no tensor")
         if tuple(leaf.shape) != box.shape or leaf.dtype != tensor.dtype:
             said = f"{leaf.dtype} {list(leaf.shape)}"
             raise DamagedCheckpoint(file, f"{what}: {said}, where {METADATA} says {tensor.dtype} {list(box.shape)}")
         if not leaf.is_contiguous:
-            raise ConversionError(f"{file}: {what} is stored with strides {list(leaf.strides)}, not row by row")
+            raise UnfitSource(f"{file}: {what} is stored with strides {list(leaf.strides)}, not row by row")
         return Stored(box, chunk.file, leaf.offset, contiguous_strides(box.shape), leaf.dtype)
 
 

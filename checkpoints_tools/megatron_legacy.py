@@ -5,8 +5,6 @@ With virtual chunks the layers of the model go around the stages: chunk c of sta
 p - 1, and chunk c + 1 of the first stage behind chunk c of the last.
 """
 
-import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +12,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from checkpoints_tools.errors import ConversionError
+from checkpoints_tools.copies import first_difference
+from checkpoints_tools.errors import ConversionError, UnfitSource
 from checkpoints_tools.foreign import StoredTensor
 from checkpoints_tools.megatron_args import HOW_TO_GIVE_IT, model_and_notes
 from checkpoints_tools.megatron_dist import TRACKER, tokenizer_files
@@ -23,16 +22,10 @@ from checkpoints_tools.megatron_shards import local_shape
 from checkpoints_tools.megatron_tensors import EMBEDDING, HEAD
 from checkpoints_tools.opened import Opened
 from checkpoints_tools.regions import WEIGHT, Key, Region, Regions, contiguous
-from megalemur.checkpoint.digests import read_at
-from megalemur.checkpoint.errors import UnreadableCheckpoint
 from megalemur.config.model import ModelConfig
-from megalemur.config.plain_files import open_plain
 from megalemur.model.names import Split, segments_of
 
 NAME = "megatron-legacy"
-
-_SAMPLE_BYTES = 64 << 10
-"""Compared of what several ranks hold: norms as a whole, the beginning of a tied head."""
 
 
 def recognises(path: Path) -> bool:
@@ -44,14 +37,15 @@ def recognises(path: Path) -> bool:
 
 
 def open_megatron_legacy(path: Path, model: ModelConfig | None = None) -> Opened:
-    """Everything but the tensors' bytes, except for the norms, of which every tensor-parallel rank has a copy.
+    """Everything but the tensors' bytes, except for those that several ranks hold: norms, and a tied head.
 
     Args:
         path: the directory of an iteration, or the one above it with latest_checkpointed_iteration.txt.
         model: the architecture, for files that do not say it, or in the place of what they say.
 
     Raises:
-        ConversionError: another model than a Llama, one that nobody describes, or ranks that do not fit together.
+        ConversionError: another model than a Llama, or one that nobody describes.
+        UnfitSource: ranks that do not fit together.
         DamagedCheckpoint: files that are cut short or are not what torch.save writes.
     """
     try:
@@ -144,17 +138,17 @@ class _Grid:
         ):
             told = settings.get(name)
             if isinstance(told, int) and told != found:
-                raise ConversionError(f"{first.path}: {name} is {told}, and what lies here is of {found}")
+                raise UnfitSource(f"{first.path}: {name} is {told}, and what lies here is of {found}")
         for (_, stage), rank in self.ranks.items():
             if rank.iteration != first.iteration:
-                raise ConversionError(
+                raise UnfitSource(
                     f"{rank.path}: is of iteration {rank.iteration}, and {first.path} of {first.iteration}"
                 )
             twin = self.ranks[0, stage]
             for number in range(self.chunks):
                 odd = set(rank.chunk(number)) ^ set(twin.chunk(number))
                 if odd:
-                    raise ConversionError(f"{min(odd)} is in one of {twin.path} and {rank.path}, and not in the other")
+                    raise UnfitSource(f"{min(odd)} is in one of {twin.path} and {rank.path}, and not in the other")
             if rank.has_old_names:
                 self._refuse_other_order(rank)
 
@@ -202,17 +196,19 @@ class _Grid:
         counts = [[self.ranks[0, p].layers(chunk) for chunk in range(self.chunks)] for p in range(self.stages)]
         if sum(map(sum, counts)) != model.num_layers:
             told = ", ".join(" + ".join(map(str, stage)) for stage in counts)
-            raise ConversionError(
+            raise UnfitSource(
                 f"{self.directory}: the stages hold {told} layers, and the model has {model.num_layers}; is a stage's "
                 "folder missing?"
             )
         heads = [one for one in self._parameters if one.name == HEAD]
         if model.tie_embeddings and self.stages == 1 and heads:
-            raise self._untied(heads[0])
+            raise self._untied(heads[0], None)
 
-    def _untied(self, head: _Parameter) -> ConversionError:
+    def _untied(self, head: _Parameter, index: int | None) -> ConversionError:
+        columns = head.stored.shape[1]
+        where = "" if index is None else f" (first at [{index // columns}, {index % columns}])"
         return ConversionError(
-            f"{self.ranks[head.place].path}: {HEAD} is not the embedding, and the settings say that it is; "
+            f"{self.ranks[head.place].path}: {HEAD} is not the embedding{where}, and the settings say that it is; "
             f"{HOW_TO_GIVE_IT} with tie_word_embeddings false"
         )
 
@@ -248,10 +244,13 @@ class _Grid:
         others = dict.fromkeys(name for rank in self.ranks.values() for name in rank.others)
         if others:
             yield f"only the weights are read, and not {', '.join(others)}"
-        differing = [copy for copy, first in self._copies(model) if self._begin(copy) != self._begin(first)]
-        for one in differing:
-            if one.name == HEAD:
-                raise self._untied(one)
+        differing = []
+        for copy, first in self._copies(model):
+            index = first_difference(*((self.ranks[one.place].path, one.stored) for one in (first, copy)))
+            if index is not None and copy.name == HEAD:
+                raise self._untied(copy, index)
+            if index is not None:
+                differing.append(copy)
         if differing:
             yield (
                 f"{len(differing)} tensors that ranks should have in common differ between them, {differing[0].name} "
@@ -261,28 +260,14 @@ class _Grid:
         if stubs:
             yield f"classes that were not called: {', '.join(stubs)}"
 
-    def _begin(self, one: _Parameter) -> bytes:
-        """The first bytes of a tensor."""
-        path, first = self.ranks[one.place].path, one.stored.offset
-        buffer = memoryview(bytearray(min(_SAMPLE_BYTES, math.prod(one.stored.shape) * one.stored.dtype.itemsize)))
-        try:
-            file = open_plain(path)
-            try:
-                read_at(file, buffer, first, first + len(buffer))
-            finally:
-                os.close(file)
-        except OSError as error:
-            raise UnreadableCheckpoint(path, f"cannot be read: {error.strerror}") from error
-        return bytes(buffer)
-
 
 def _refuse_other_shape(path: Path, one: _Parameter, split: Split) -> None:
     try:
         wanted = local_shape(one.name, split)
     except KeyError:
-        raise ConversionError(f"{path}: {one.name}: no Llama has it") from None
+        raise UnfitSource(f"{path}: {one.name}: no Llama has it") from None
     if one.stored.shape != wanted:
-        raise ConversionError(
+        raise UnfitSource(
             f"{path}: {one.name} has shape {list(one.stored.shape)}; one of {split.tensor} ranks has {list(wanted)} of "
             f"this model with its vocabulary padded to {split.padded_vocab}"
         )

@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from checkpoints_tools.errors import ConversionError
+from checkpoints_tools.errors import UnfitSource
 from checkpoints_tools.foreign import Namespace, StoredTensor, read_archive
 from checkpoints_tools.megatron_dist import TRACKER
 from checkpoints_tools.megatron_shards import LAYER, core_name, flat_keys, is_stateless
@@ -83,24 +83,24 @@ def read_ranks(directory: Path) -> dict[Place, RankFile]:
     """Every rank's file: a whole grid of ranks and stages.
 
     Raises:
-        ConversionError: one is missing, or the folders are those of another kind of parallelism.
+        UnfitSource: one is missing, or the folders are those of another kind of parallelism.
         DamagedCheckpoint: a file is cut short, or is not what torch.save writes.
     """
     folders: dict[Place, Path] = {}
     for folder in sorted(directory.glob("mp_rank_*")):
         match = _FOLDER.fullmatch(folder.name)
         if match is None:
-            raise ConversionError(f"{folder}: a rank of a Llama has one or two numbers, experts have a third")
+            raise UnfitSource(f"{folder}: a rank of a Llama has one or two numbers, experts have a third")
         place = int(match[1]), int(match[2] or 0)
         if place in folders:
-            raise ConversionError(f"{folder}: is the same rank as {folders[place]}; remove the one that is left over")
+            raise UnfitSource(f"{folder}: is the same rank as {folders[place]}; remove the one that is left over")
         folders[place] = folder
     tensor, stages = (max(numbers) + 1 for numbers in zip(*folders, strict=True))
     with_stages = any(folder.name.count("_") > 2 for folder in folders.values())
     # the first gap is near, however high the numbers of the folders are
     for place in product(range(tensor), range(stages)):
         if place not in folders or not (folders[place] / RANK_FILE).is_file():
-            raise ConversionError(f"{directory / rank_file(place, with_stages=with_stages)} is missing")
+            raise UnfitSource(f"{directory / rank_file(place, with_stages=with_stages)} is missing")
     return {place: _read_rank(folder / RANK_FILE) for place, folder in sorted(folders.items())}
 
 
@@ -134,11 +134,11 @@ def _state(path: Path, state: Any) -> Iterator[tuple[str, StoredTensor]]:
         if is_stateless(key):
             continue
         if not isinstance(value, StoredTensor):
-            raise ConversionError(f"{path}: {key} is no tensor")
+            raise UnfitSource(f"{path}: {key} is no tensor")
         if value.dtype not in DTYPES.values():
-            raise ConversionError(f"{path}: {key} is {value.dtype}; weights are {', '.join(map(str, DTYPES.values()))}")
+            raise UnfitSource(f"{path}: {key} is {value.dtype}; weights are {', '.join(map(str, DTYPES.values()))}")
         if not value.is_contiguous:
-            raise ConversionError(f"{path}: {key} is stored with strides {list(value.strides)}, not row by row")
+            raise UnfitSource(f"{path}: {key} is stored with strides {list(value.strides)}, not row by row")
         yield key, value
 
 
@@ -146,11 +146,11 @@ def _by_core_name(path: Path, state: Mapping[str, StoredTensor]) -> dict[str, St
     found: dict[str, StoredTensor] = {}
     for key, value in state.items():
         if core_name(key) in found:
-            raise ConversionError(f"{path}: {core_name(key)} is there under two names, {key} is one")
+            raise UnfitSource(f"{path}: {core_name(key)} is there under two names, {key} is one")
         found[core_name(key)] = value
     numbers = _layer_numbers(found)
     if numbers != set(range(len(numbers))):
-        raise ConversionError(
+        raise UnfitSource(
             f"{path}: layers are numbered {', '.join(map(str, sorted(numbers)))}; every chunk counts its own from 0"
         )
     return found

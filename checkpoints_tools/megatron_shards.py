@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from checkpoints_tools.errors import ConversionError
 from checkpoints_tools.megatron_tensors import EMBEDDING, FINAL_NORM, HEAD
 from megalemur.model.names import Split, segments_of
 
@@ -35,6 +36,7 @@ _OLD = {
     "language_model.output_layer.weight": HEAD,
     "word_embeddings_for_head.weight": HEAD,
 }
+_MAX_NAME = 1024
 _WRAPPER = re.compile(r"(?:module\.)+")
 _STATELESS = re.compile(r".*(?:\._extra_state|rotary_pos_emb\.inv_freq)")
 
@@ -54,9 +56,15 @@ _FUSED = {
 
 
 def flat_keys(state: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Everything in a nested state dict, by its dotted name; wrappers of modules are taken off."""
+    """Everything in a nested state dict, by its dotted name; wrappers of modules are taken off.
+
+    Raises:
+        ConversionError: a name is longer than any parameter's.
+    """
     for key, value in state.items():
         name = f"{prefix}{key}"
+        if len(name) > _MAX_NAME:
+            raise ConversionError(f"{name[:100]}...: no parameter has a name of more than {_MAX_NAME} characters")
         if isinstance(value, Mapping):
             yield from flat_keys(value, f"{name}.")
         else:

@@ -2,8 +2,9 @@
 
 Facts, from Meta's own model code and transformers' conversion of it. The rows of wq and wk alternate between the two
 halves of a head that are rotated together, where Hugging Face has the halves one behind the other. Llama 1 and 2 split
-the embedding by columns, Llama 3 by rows. wo and w2 are split by columns, everything else by rows, norms not at all.
-params.json says neither the context length nor, in part, the rotary scaling: see `_context` and `_scaling`.
+the embedding by columns, Llama 3 by rows. wo and w2 are split by columns, everything else by rows. Norms are not split:
+each part holds them, and they are compared. params.json says neither the context length nor, in part, the rotary
+scaling: see `_context` and `_scaling`.
 """
 
 import re
@@ -13,12 +14,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from checkpoints_tools.errors import ConversionError
+from checkpoints_tools import llama3_tokenizer
+from checkpoints_tools.copies import first_difference
+from checkpoints_tools.errors import ConversionError, UnfitSource
 from checkpoints_tools.foreign import StoredTensor, read_archive
 from checkpoints_tools.opened import Opened
 from checkpoints_tools.regions import WEIGHT, Key, Region
 from checkpoints_tools.stored import region_of, stored_tensors, stub_notes
-from megalemur.checkpoint.errors import UnreadableCheckpoint
+from megalemur.checkpoint.errors import DamagedCheckpoint, UnreadableCheckpoint
 from megalemur.config.model import ModelConfig
 from megalemur.config.plain_files import read_plain
 from megalemur.config.strict_json import parse_json, readable_json
@@ -55,13 +58,13 @@ class _Part(NamedTuple):
 
     def get(self, name: str) -> StoredTensor:
         if name not in self.tensors:
-            raise ConversionError(f"{self.file}: {name} is missing")
+            raise UnfitSource(f"{self.file}: {name} is missing")
         return self.tensors[name]
 
     def rows(self, name: str) -> int:
         shape = self.get(name).shape
         if len(shape) != 2:
-            raise ConversionError(f"{self.file}: {name} has shape {list(shape)}, where a matrix is expected")
+            raise UnfitSource(f"{self.file}: {name} has shape {list(shape)}, where a matrix is expected")
         return shape[0]
 
 
@@ -78,7 +81,7 @@ def open_meta(path: Path, model: ModelConfig | None = None) -> Opened:
         model: what the model is, where its context length or rotary scaling is another than is taken for granted.
 
     Raises:
-        ConversionError, DamagedCheckpoint: no Llama, or files that do not fit together.
+        ConversionError, UnfitSource, DamagedCheckpoint: no Llama, or files that do not fit together.
     """
     params = _params(path / PARAMS)
     archives = {file.name: read_archive(file) for file in _files(path)}
@@ -87,10 +90,11 @@ def open_meta(path: Path, model: ModelConfig | None = None) -> Opened:
     if model is not None:
         found = _agreed(path, found, model)
         notes = []
-    if _ROPE_FREQUENCIES in parts[0].tensors:
+    if all(_ROPE_FREQUENCIES in part.tensors for part in parts):
+        _same_everywhere(parts, _ROPE_FREQUENCIES)
         notes.append(f"{_ROPE_FREQUENCIES} is not read: it follows from the rotary settings")
     if len(parts) > 1:
-        notes.append(f"norms lie in all {len(parts)} parts and are read from {parts[0].file.name}")
+        notes.append(f"norms lie in all {len(parts)} parts, which agree")
     config, small_files = _settings(path, found, parts[0])
     return Opened(
         NAME,
@@ -109,7 +113,7 @@ def _files(path: Path) -> list[Path]:
     numbers = [int(_FILE.fullmatch(file.name)[1]) for file in files]  # type: ignore[index]
     if numbers != list(range(len(files))):
         missing = sorted(set(range(numbers[-1])) - set(numbers))
-        raise ConversionError(f"{path}: consolidated.{missing[0]:02d}.pth is missing")
+        raise UnfitSource(f"{path}: consolidated.{missing[0]:02d}.pth is missing")
     return files
 
 
@@ -119,19 +123,19 @@ def _params(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise UnreadableCheckpoint(file, f"cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise ConversionError(f"{file} is no JSON: {error}") from None
+        raise UnfitSource(f"{file} is no JSON: {error}") from None
     params = params.get("model", params) if isinstance(params, dict) else params
     if not isinstance(params, dict):
-        raise ConversionError(f"{file} is no JSON object")
+        raise UnfitSource(f"{file} is no JSON object")
     sizes = {name: params.get(name) for name in ("dim", "n_layers", "n_heads")}
     sizes |= {name: params[name] for name in ("n_kv_heads", "multiple_of") if params.get(name) is not None}
     for name, value in sizes.items():
         if type(value) is not int or not 0 < value < 1 << 31:
-            raise ConversionError(f"{file}: {name} is {str(value)[:100]}, which is no size of a model")
+            raise UnfitSource(f"{file}: {name} is {str(value)[:100]}, which is no size of a model")
     for name in ("norm_eps", "rope_theta", "ffn_dim_multiplier", "rope_scaling_factor"):
         value = params.get(name)
         if value is not None and (type(value) not in (int, float) or not 0 < value < 1e12):
-            raise ConversionError(f"{file}: {name} is {str(value)[:100]}, which is no such number")
+            raise UnfitSource(f"{file}: {name} is {str(value)[:100]}, which is no such number")
     return params
 
 
@@ -139,7 +143,7 @@ def _model(file: Path, params: Mapping[str, Any], parts: Sequence[_Part]) -> tup
     """The model, and what of it params.json does not say."""
     layers = len({name.split(".")[1] for name in parts[0].tensors if re.match(r"layers\.\d+\.", name)})
     if layers != params["n_layers"]:
-        raise ConversionError(f"{file}: n_layers is {params['n_layers']}, and {parts[0].file.name} holds {layers}")
+        raise UnfitSource(f"{file}: n_layers is {params['n_layers']}, and {parts[0].file.name} holds {layers}")
     ffn = sum(part.rows("layers.0.feed_forward.w1.weight") for part in parts)
     _check_ffn(file, params, ffn)
     vocabulary = _vocabulary(file, params, parts)
@@ -161,7 +165,7 @@ def _model(file: Path, params: Mapping[str, Any], parts: Sequence[_Part]) -> tup
     try:
         model = parse_hf_config(readable_json(values), file).model
     except ValueError as error:
-        raise ConversionError(str(error)) from None
+        raise UnfitSource(str(error)) from None
     notes = [f"{PARAMS} does not say the context length; taken to be {context} tokens"]
     if scaling is not None and params.get("rope_scaling_factor") is None:
         notes.append(f"{PARAMS} does not say the rotary scaling's factor; taken to be {scaling['factor']:g}")
@@ -177,7 +181,7 @@ def _check_ffn(file: Path, params: Mapping[str, Any], ffn: int) -> None:
         wanted = int(params["ffn_dim_multiplier"] * wanted)
     wanted = -(-wanted // unit) * unit
     if wanted != ffn:
-        raise ConversionError(f"{file}: dim, multiple_of and ffn_dim_multiplier make {wanted}, and w1 has {ffn} rows")
+        raise UnfitSource(f"{file}: dim, multiple_of and ffn_dim_multiplier make {wanted}, and w1 has {ffn} rows")
 
 
 def _vocabulary(file: Path, params: Mapping[str, Any], parts: Sequence[_Part]) -> int:
@@ -186,13 +190,13 @@ def _vocabulary(file: Path, params: Mapping[str, Any], parts: Sequence[_Part]) -
     if _by_columns(params["dim"], parts):
         counts = {part.rows(name) for part in parts}
         if len(counts) > 1:
-            raise ConversionError(f"{file.parent}: the parts' {name} have {sorted(counts)} rows")
+            raise UnfitSource(f"{file.parent}: the parts' {name} have {sorted(counts)} rows")
         (rows,) = counts
     else:
         rows = sum(part.rows(name) for part in parts)
     said = params.get("vocab_size", -1)
     if said not in (-1, None, rows):
-        raise ConversionError(f"{file}: vocab_size is {str(said)[:100]}, and {name} has {rows} rows")
+        raise UnfitSource(f"{file}: vocab_size is {str(said)[:100]}, and {name} has {rows} rows")
     return rows
 
 
@@ -201,7 +205,7 @@ def _by_columns(dim: int, parts: Sequence[_Part]) -> bool:
     name, (_, *columns) = _OUTSIDE[EMBEDDING], parts[0].get(_OUTSIDE[EMBEDDING]).shape or (0,)
     if columns not in ([dim], [dim // len(parts)]):
         shape = list(parts[0].get(name).shape)
-        raise ConversionError(
+        raise UnfitSource(
             f"{parts[0].file}: {name} has shape {shape}: neither the {dim} columns of an embedding that is split by "
             f"rows, nor the {dim / len(parts):g} of one that is split by columns over {len(parts)} parts"
         )
@@ -255,13 +259,26 @@ def _settings(path: Path, model: ModelConfig, part: _Part) -> tuple[dict[str, An
     # Llama 1 and 2 keep one tokenizer beside the directories of the models
     for file in (path / TOKENIZER, path.absolute().parent / TOKENIZER):
         try:
-            small_files[TOKENIZER] = read_plain(file)
+            small_files |= _tokenizer(read_plain(file), file, model)
             break
         except FileNotFoundError:
             continue
         except OSError as error:
             raise UnreadableCheckpoint(file, f"cannot be read: {error.strerror}") from error
     return config, small_files
+
+
+def _tokenizer(data: bytes, file: Path, model: ModelConfig) -> dict[str, bytes]:
+    """As Hugging Face has it: SentencePiece models as they are, Llama 3's as tokenizer.json."""
+    if not llama3_tokenizer.recognises(data):
+        return {TOKENIZER: data}
+    return llama3_tokenizer.hugging_face_files(
+        data,
+        file,
+        release_3_1=model.rope_scaling is not None,
+        rows=model.vocab_size,
+        context=model.max_position_embeddings,
+    )
 
 
 def _regions(model: ModelConfig, parts: Sequence[_Part]) -> dict[Key, list[Region]]:
@@ -276,7 +293,7 @@ def _regions(model: ModelConfig, parts: Sequence[_Part]) -> dict[Key, list[Regio
     for part in parts:
         odd = sorted(part.tensors.keys() - used - {_ROPE_FREQUENCIES})
         if odd:
-            raise ConversionError(f"{part.file}: {odd[0][:200]} is nothing that a Llama has")
+            raise UnfitSource(f"{part.file}: {odd[0][:200]} is nothing that a Llama has")
     return found
 
 
@@ -292,12 +309,12 @@ def _of(
     by_columns = inside in _COLUMNS or (inside == EMBEDDING and _by_columns(model.hidden_size, parts))
     extent, rest = divmod(shape[1 if by_columns else 0], len(parts))
     if rest:
-        raise ConversionError(f"{parts[0].file}: {name} of shape {list(shape)} cannot be split over {len(parts)} parts")
+        raise UnfitSource(f"{parts[0].file}: {name} of shape {list(shape)} cannot be split over {len(parts)} parts")
     for number, part in enumerate(parts):
         stored, what, start = part.get(name), (part.file, name), number * extent
         expected = (shape[0], extent) if by_columns else (extent, shape[1])
         if stored.shape != expected:
-            raise ConversionError(
+            raise UnfitSource(
                 f"{part.file}: {name} has shape {list(stored.shape)}; {list(expected)} is expected of one of "
                 f"{len(parts)} parts"
             )
@@ -313,7 +330,7 @@ def _rotated(stored: StoredTensor, what: tuple[Path, str], start: int, head: int
     """Row 2i + j of a head at Meta is row j head/2 + i of it at Hugging Face."""
     rows, columns = stored.shape
     if rows % head:
-        raise ConversionError(f"{what[0]}: {what[1]} has {rows} rows, which are no whole heads of {head}")
+        raise UnfitSource(f"{what[0]}: {what[1]} has {rows} rows, which are no whole heads of {head}")
     half = head // 2
     for first in range(0, rows, head):
         for j in (0, 1):
@@ -322,6 +339,21 @@ def _rotated(stored: StoredTensor, what: tuple[Path, str], start: int, head: int
 
 
 def _same_everywhere(parts: Sequence[_Part], name: str) -> None:
-    shapes = {part.get(name).shape for part in parts}
-    if len(shapes) > 1:
-        raise ConversionError(f"{parts[0].file.parent}: the parts' {name} have shapes {sorted(map(list, shapes))}")
+    """Whether all parts have the same vector, as every rank of a run does.
+
+    Raises:
+        UnfitSource: they have other shapes or dtypes, or are no vectors row by row.
+        DamagedCheckpoint: names the part and the first element that differs from part 0's.
+    """
+    first, *others = [(part.file, part.get(name)) for part in parts]
+    for file, stored in others:
+        if stored.shape != first[1].shape:
+            shapes = sorted({part.get(name).shape for part in parts})
+            raise UnfitSource(f"{first[0].parent}: the parts' {name} have shapes {list(map(list, shapes))}")
+        if stored.dtype != first[1].dtype or not (stored.is_contiguous and first[1].is_contiguous):
+            raise UnfitSource(f"{file}: {name} is stored in another way than in {first[0].name}")
+        index = first_difference(first, (file, stored))
+        if index is not None:
+            raise DamagedCheckpoint(
+                file, f"{name}[{index}] differs from {first[0].name}'s, and all parts hold the same {name}"
+            )

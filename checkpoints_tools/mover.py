@@ -45,9 +45,9 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def digest_of(weights: Weights, key: Key, progress: Progress) -> str:
+def digest_of(weights: Weights, key: Key, shape: Sequence[int], progress: Progress) -> str:
     """xxh3_128 of a tensor's rows, in their order."""
-    digest, shape = xxhash.xxh3_128(), hf_shapes(weights.model)[key.name]
+    digest = xxhash.xxh3_128()
     for first, last in row_blocks(shape, weights.dtypes[key].itemsize):
         data = bytes_of(weights.read(key, first, last))
         digest.update(data)
@@ -73,6 +73,7 @@ class Mover:
 
     def __init__(self, weights: Weights, layout: Layout, draft: Draft):
         self._weights, self._layout, self._draft = weights, layout, draft
+        self._shapes = hf_shapes(weights.model)
         self._lock = threading.Lock()
         self._files: dict[str, int] = {}
 
@@ -116,7 +117,7 @@ class Mover:
             )
 
     def _tensor(self, key: Key, unit: "_Unit", progress: Progress) -> str:
-        shape, digest = hf_shapes(self._weights.model)[key.name], xxhash.xxh3_128()
+        shape, digest = self._shapes[key.name], xxhash.xxh3_128()
         for first, last in row_blocks(shape, self._weights.dtypes[key].itemsize):
             block, box = self._weights.read(key, first, last), row_box(shape, first, last)
             digest.update(bytes_of(block))

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from checkpoints_tools.errors import ConversionError
+from checkpoints_tools.errors import UnfitSource
 from checkpoints_tools.regions import Key, Region, Regions, problems, row_box
 from megalemur.checkpoint.digests import CHUNK_BYTES, FileEntry, read_at, read_verified
 from megalemur.checkpoint.errors import DamagedCheckpoint, UnreadableCheckpoint
@@ -73,7 +73,7 @@ class Opened:
         if found:
             listing = "".join(f"\n  - {problem}" for problem in found[:_SHOWN])
             more = f"\n  - and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-            raise ConversionError(f"{self.path}: the tensors do not make up the model:{listing}{more}")
+            raise UnfitSource(f"{self.path}: the tensors do not make up the model:{listing}{more}")
 
     def _size(self, file: str) -> int:
         try:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from checkpoints_tools.errors import ConversionError
+from checkpoints_tools.errors import UnfitSource
 from checkpoints_tools.foreign import Archive, StoredTensor
 from checkpoints_tools.regions import Region
 from megalemur.checkpoint.tensor_file import DTYPE_NAMES
@@ -15,10 +15,10 @@ def stored_tensors(archive: Archive, path: Path) -> dict[str, StoredTensor]:
     """Name to tensor of an archive that is one dict of tensors; other values are no matter.
 
     Raises:
-        ConversionError: it is no dict.
+        UnfitSource: it is no dict.
     """
     if not isinstance(archive.tree, dict):
-        raise ConversionError(f"{path} holds a {type(archive.tree).__name__} where tensors by name are expected")
+        raise UnfitSource(f"{path} holds a {type(archive.tree).__name__} where tensors by name are expected")
     return {
         name: value for name, value in archive.tree.items() if isinstance(name, str) and isinstance(value, StoredTensor)
     }
@@ -46,26 +46,26 @@ def region_of(stored: StoredTensor, what: tuple[Path, str], box: Box, *, first: 
         step: from a row of the box to the next, in stored rows.
 
     Raises:
-        ConversionError: its dtype is no weight's, it has other columns or fewer rows, or its rows are not in one piece.
+        UnfitSource: its dtype is no weight's, it has other columns or fewer rows, or its rows are not in one piece.
     """
     path, name = what
     if stored.dtype not in DTYPE_NAMES:
-        raise ConversionError(
+        raise UnfitSource(
             f"{path}: {name} is {_short(stored.dtype)}; weights are {', '.join(map(_short, DTYPE_NAMES))}, so convert "
             "the checkpoint from before it was quantized"
         )
     if not stored.shape:
-        raise ConversionError(f"{path}: {name} is a single number, where a matrix or a vector is expected")
+        raise UnfitSource(f"{path}: {name} is a single number, where a matrix or a vector is expected")
     rows, *columns = box.shape
     if stored.shape[1:] != tuple(columns) or stored.shape[0] < first + (rows - 1) * step + 1:
-        raise ConversionError(f"{path}: {name} has shape {list(stored.shape)}, where {list(box.shape)} is expected")
+        raise UnfitSource(f"{path}: {name} has shape {list(stored.shape)}, where {list(box.shape)} is expected")
     width, row = 1, stored.strides[0]
     for extent, stride in zip(reversed(columns), reversed(stored.strides[1:]), strict=True):
         if extent != 1 and stride != width:
             row = -1
         width *= extent
     if row < width and stored.shape[0] > 1:
-        raise ConversionError(
+        raise UnfitSource(
             f"{path}: {name} is stored transposed or expanded (strides {list(stored.strides)}); load the file where it "
             "was made, call .contiguous() on its tensors and save it again"
         )

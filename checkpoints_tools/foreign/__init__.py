@@ -1,8 +1,8 @@
 """Files of other programs that are made of pickles: torch.save archives and the metadata of torch's distributed
 checkpoints. Read without calling anything that they name, and written so that those programs take them for their own.
 
-machine.py takes pickles apart, pickles.py says what their names mean and writes them, zips.py knows the archives around
-them.
+machine.py puts the values of pickles together, pickles.py says what their names mean and writes them, zips.py knows the
+archives around them.
 """
 
 from checkpoints_tools.foreign.archives import (
@@ -16,7 +16,7 @@ from checkpoints_tools.foreign.archives import (
 )
 from checkpoints_tools.foreign.crc import combined_crc
 from checkpoints_tools.foreign.dcp import DcpChunk, DcpMetadata, DcpTensor, dump_dcp_metadata, read_dcp_metadata
-from checkpoints_tools.foreign.machine import Namespace, Stub
+from checkpoints_tools.foreign.values import Namespace, Stub
 
 __all__ = [
     "Archive",

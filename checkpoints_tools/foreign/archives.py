@@ -9,20 +9,22 @@ from typing import Any, NamedTuple
 
 import torch
 
-from checkpoints_tools.foreign.machine import Namespace, PickleError, Stub, are_counts
 from checkpoints_tools.foreign.pickles import (
-    MAX_BYTES,
     PlannedStorage,
     PlannedView,
+    Storage,
     StorageType,
     read_pickle,
     write_pickle,
 )
+from checkpoints_tools.foreign.values import Namespace, PickleError, Stub, are_counts, refuse_unfolding
 from checkpoints_tools.foreign.zips import Plan, PlannedRecord, Record, Window, read_records
 from checkpoints_tools.layout import Frame
 
 _PICKLE, _STORAGES, _ORDER = "data.pkl", "data/", "byteorder"
 _NAME = "archive"
+_MAX_PICKLE_BYTES = 2 << 20
+"""A tensor takes 170 bytes of it, settings some 100,000: room for all weights and moments of a Llama of 405 billion."""
 
 
 class StoredTensor(NamedTuple):
@@ -58,7 +60,7 @@ class Archive(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class _Storage:
+class _Storage(Storage):
     """Bytes that tensors are views of."""
 
     offset: int
@@ -96,12 +98,16 @@ def read_archive(path: Path, first: int = 0, size: int | None = None) -> Archive
         if order is not None and window.read(order.offset - first, min(order.size, 16)).strip() != b"little":
             raise window.damaged("its numbers are not little-endian")
         where = records[prefix + _PICKLE]
-        if where.size > MAX_BYTES:
-            raise window.damaged(f"{_PICKLE} has {where.size} bytes, and no checkpoint more than {MAX_BYTES}")
+        if where.size > _MAX_PICKLE_BYTES:
+            raise window.damaged(f"{_PICKLE} has {where.size} bytes, and no checkpoint more than {_MAX_PICKLE_BYTES}")
         data = window.read(where.offset - first, where.size)
+        if where.crc not in (0, zlib.crc32(data)):  # 0: torch was told not to compute them
+            raise window.damaged(f"the bytes of {prefix}{_PICKLE} are not those that were written (CRC-32)")
         storages = {name.removeprefix(prefix + _STORAGES): record for name, record in records.items()}
         try:
-            return Archive(*read_pickle(data, lambda pid: _storage(pid, storages)))
+            tree, stubs = read_pickle(data, lambda pid: _storage(pid, storages))
+            refuse_unfolding(tree)
+            return Archive(tree, stubs)
         except PickleError as error:
             raise window.damaged(str(error)) from None
 

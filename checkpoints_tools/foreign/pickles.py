@@ -7,25 +7,17 @@ it was to be called with.
 import argparse
 import io
 import pickle
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 
-from checkpoints_tools.foreign.machine import (
-    Global,
-    Namespace,
-    PickleError,
-    Stub,
-    Vocabulary,
-    are_counts,
-    run,
-)
+from checkpoints_tools.foreign.machine import run
+from checkpoints_tools.foreign.values import Global, Namespace, PickleError, Stub, Vocabulary, are_counts
 
-MAX_BYTES = 256 << 20
-"""Of a pickle: more than the metadata of any checkpoint, which holds no tensors."""
 _MAX_DIMENSIONS = 8
 
 _STORAGES = {
@@ -52,10 +44,10 @@ class StorageType:
     dtype: torch.dtype | None
 
 
-@runtime_checkable
-class Storage(Protocol):
+class Storage(ABC):
     """What a persistent id stands for: bytes that tensors are views of."""
 
+    @abstractmethod
     def tensor(self, dtype: torch.dtype | None, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
         """A view; offset and strides in elements, dtype None: that of the storage.
 
@@ -71,15 +63,17 @@ def _view(arguments: Sequence[Any]) -> Any:
 
 def _typed_view(arguments: Sequence[Any]) -> Any:
     """torch._utils._rebuild_tensor_v3: the seventh argument is the dtype."""
-    storage, offset, shape, strides, _, _, dtype, *_ = arguments
+    storage, offset, shape, strides, _, _, dtype = arguments[:7]
     if isinstance(storage, Stub):
         return storage  # of a class that no weight has: quantized, sparse
     if not isinstance(storage, Storage) or not isinstance(dtype, (torch.dtype, type(None))):
         raise PickleError("a tensor has no storage or no dtype")
-    if not are_counts([offset]) or not are_counts(shape) or not are_counts(strides):
-        raise PickleError("a tensor's offset, shape and strides are no numbers from 0 up")
+    if not isinstance(shape, (tuple, list)) or not isinstance(strides, (tuple, list)):
+        raise PickleError("a tensor's shape or strides are no list")
     if len(shape) != len(strides) or len(shape) > _MAX_DIMENSIONS:
         raise PickleError(f"a tensor of {len(shape)} dimensions has {len(strides)} strides")
+    if not are_counts([offset, *shape, *strides]):
+        raise PickleError("a tensor's offset, shape and strides are no numbers from 0 up")
     return storage.tensor(dtype, offset, tuple(shape), tuple(strides))
 
 
@@ -139,8 +133,6 @@ def read_pickle(data: bytes, load_persistent: Callable[[Any], Any] | None = None
     Raises:
         PickleError: it is damaged, or does what no checkpoint does.
     """
-    if len(data) > MAX_BYTES:
-        raise PickleError(f"it has {len(data)} bytes, and no checkpoint more than {MAX_BYTES}")
     return run(data, _VOCABULARY, load_persistent)
 
 

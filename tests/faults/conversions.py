@@ -17,6 +17,7 @@ from checkpoints_tools.errors import ConversionError
 from checkpoints_tools.formats import open_any
 from checkpoints_tools.layout import Options
 from megalemur.checkpoint import disk
+from megalemur.model.names import hf_shapes
 from tests.faults.campaign import Campaign, Trial
 from tests.faults.runs import BIG, ROOT
 from tests.support.ranks import run_ranks
@@ -140,8 +141,9 @@ def refuse_half(destination: Path, *, ended: bool) -> None:
     if destination.exists():
         assert (destination / NAME).exists()
         opened = open_any(destination)
+        shapes = hf_shapes(opened.model)
         for key in opened.dtypes:
-            mover.digest_of(opened, key, lambda count: None)
+            mover.digest_of(opened, key, shapes[key.name], lambda count: None)
     if _draft(destination).exists():
         try:
             open_any(_draft(destination))

@@ -28,6 +28,23 @@ def pickle_of(canary: Path) -> bytes:
     return pickle.dumps(_Payload(canary))
 
 
+def pickle_of_chunks(count: int, protocol: int) -> bytes:
+    """Nothing malicious: the metadata of a distributed checkpoint with one tensor of so many chunks, as torch's own."""
+    import torch
+    from torch.distributed.checkpoint import metadata
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    chunks = [metadata.ChunkStorageMetadata(torch.Size((n, 0)), torch.Size((1, 64))) for n in range(count)]
+    places = {
+        metadata.MetadataIndex("x", chunk.offsets, n): _StorageInfo("f", 1000 * n, 1000)
+        for n, chunk in enumerate(chunks)
+    }
+    tensor = metadata.TensorStorageMetadata(
+        metadata.TensorProperties(dtype=torch.float32), torch.Size((count, 64)), chunks
+    )
+    return pickle.dumps(metadata.Metadata({"x": tensor}, None, places, metadata.StorageMeta()), protocol=protocol)
+
+
 def run_pickle(data: bytes) -> None:
     """Open a pickle as Python does, to show that it does what it is made for."""
     pickle.loads(data)

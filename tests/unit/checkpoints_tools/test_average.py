@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from fractions import Fraction
 
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from checkpoints_tools import average, average_checkpoints, mover
+from checkpoints_tools import average, average_checkpoints, conversion, convert, mover
 from checkpoints_tools.average import Average
 from checkpoints_tools.compare import compare
 from checkpoints_tools.errors import ConversionError, RequestError
@@ -141,6 +142,37 @@ def test_a_mean_in_our_own_format_of_checkpoints_in_two_formats(directories, tmp
     a, b, c = (load_file(path / "model.safetensors")["model.norm.weight"].double() for path in directories)
     found = load_file(tmp_path / "hf" / "model.safetensors")["model.norm.weight"]
     assert torch.equal(found, ((((a + b) / 2).float().double() + c) / 2).bfloat16())
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_damage_in_any_source_is_found_while_it_is_read(directories, tmp_path, which):
+    sources = [tmp_path / f"source{number}" for number in range(3)]
+    for one, source in zip(directories, sources, strict=True):
+        assert CliRunner().invoke(convert.app, [str(one), str(source), "--to", "megalemur"]).exit_code == 0
+    good = run(*sources, "--output", tmp_path / "good", "--to", "hf")
+    assert good.exit_code == 0, good.output
+    (file,) = sources[which].glob("*.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    done = run(*sources, "--output", tmp_path / "mean", "--to", "hf")
+    assert done.exit_code == DAMAGED and str(file) in done.stderr, done.output
+    assert not (tmp_path / "mean").exists()
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_a_source_that_changes_while_it_is_read_makes_no_mean(directories, tmp_path, which, monkeypatch):
+    sources = [shutil.copytree(one, tmp_path / one.name) for one in directories]
+    finish = conversion.finish_files
+
+    def change_and_finish(layout, draft):
+        finish(layout, draft)
+        os.utime(sources[which] / "model.safetensors", ns=(1, 1))
+
+    monkeypatch.setattr(conversion, "finish_files", change_and_finish)
+    done = run(*sources, "--output", tmp_path / "mean", "--to", "hf")
+    assert done.exit_code == WRONG and f"error: {sources[which]} changed while being read" in done.stderr, done.output
+    assert not (tmp_path / "mean").exists()
 
 
 def test_a_dry_run_writes_nothing(directories, tmp_path):

@@ -6,11 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from checkpoints_tools.convert import app
 from checkpoints_tools.errors import ConversionError
 from checkpoints_tools.sizes import parse_size
+from tests.support.meta_release import write_meta
 from tests.support.tiny import tiny_run, write_llama
 
 ROOT = Path(__file__).parents[3]
@@ -77,6 +80,46 @@ def test_a_damaged_source_has_an_exit_code_of_its_own(tmp_path):
     assert ended.exit_code == 13 and "model.safetensors" in ended.output
 
 
+def _without(name):
+    def change(tensors):
+        del tensors[name]
+
+    return change
+
+
+UNFIT = {
+    "a tensor that is missing": (_without("model.norm.weight"), r"model.norm.weight (weight) is missing"),
+    "a tensor too much": (lambda tensors: tensors.update({"x": torch.ones(2)}), "x (weight): no Llama"),
+    "another shape": (lambda tensors: tensors.update({"model.norm.weight": torch.ones(63)}), "model.norm.weight"),
+}
+
+
+@pytest.mark.parametrize(("change", "said"), UNFIT.values(), ids=UNFIT.keys())
+@pytest.mark.parametrize("form", ["hf", "hf-bin"])
+def test_tensors_that_do_not_make_up_the_model_end_as_damage_does(tmp_path, change, said, form):
+    source = write_llama(tmp_path / "a", num_layers=1)
+    tensors = load_file(source / "model.safetensors")
+    change(tensors)
+    if form == "hf":
+        save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    else:
+        (source / "model.safetensors").unlink()
+        torch.save(tensors, source / "pytorch_model.bin")
+    ended = convert(source, tmp_path / "b", "--to", "megalemur")
+    assert ended.exit_code == 13 and said in ended.output.replace("\n", " "), ended.output
+    assert not (tmp_path / "b").exists() and "Traceback" not in ended.output
+
+
+def test_parts_of_a_release_that_do_not_fit_end_as_damage_does(tmp_path):
+    source = write_llama(tmp_path / "a", num_layers=1, vocab_size=252)
+    deeper = write_meta(tmp_path / "deeper", source, parts=2, n_layers=2)
+    fewer = write_meta(tmp_path / "fewer", source, parts=4)
+    (fewer / "consolidated.01.pth").unlink()
+    for meta, said in ((deeper, "n_layers is 2"), (fewer, "consolidated.01.pth is missing")):
+        ended = convert(meta, tmp_path / "b", "--to", "hf")
+        assert ended.exit_code == 13 and said in ended.output, ended.output
+
+
 def test_another_conversions_leftovers_are_not_gone_on_with(tmp_path):
     write_llama(tmp_path / "a", num_layers=1)
     draft = tmp_path / "b.converting"
@@ -109,9 +152,6 @@ def test_no_sizes(text):
 
 def test_a_checkpoint_in_the_middle_of_a_run_keeps_its_moments_and_gives_its_weights(tmp_path):
     """Written by two tensor-parallel ranks; the weights that come out are those that went in."""
-    import torch
-    from safetensors.torch import load_file
-
     from tests.support.ranks import run_ranks
     from tests.support.training import train_and_save, whole_state
 

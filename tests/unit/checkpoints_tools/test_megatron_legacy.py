@@ -358,6 +358,22 @@ def test_norms_that_differ_between_ranks_are_said(copy, hf):
     assert same_tensors(read_all(opened), weights_of(hf))
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_tied_head_is_compared_to_its_last_row(tmp_path, rank, monkeypatch):
+    monkeypatch.setattr("checkpoints_tools.copies._BLOCK_BYTES", 1000)
+    hf = write_llama(tmp_path / "hf", tie_embeddings=True)
+    folder = to_ranks(hf, tmp_path / "ranks", tensor=2, pipeline=2) / "release"
+    assert same_tensors(read_all(open_any(folder)), weights_of(hf))
+
+    def turn(tree):
+        tree["model"]["output_layer.weight"].view(torch.int32)[-1, -2] ^= 1
+
+    edit_rank(file_of(folder, rank, 1), turn)
+    message = rf"mp_rank_{rank:02d}_001.*output_layer.weight is not the embedding \(first at \[127, 62\]\)"
+    with pytest.raises(ConversionError, match=message):
+        open_any(folder)
+
+
 def test_layers_in_another_order_are_other_weights(copy, hf):
     folders = [file_of(copy, rank, stage).parent for rank, stage in itertools.product(range(2), repeat=2)]
     states = [load_file(folder / "model_optim_rng.pt")["model"] for folder in folders]

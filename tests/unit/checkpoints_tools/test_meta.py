@@ -1,11 +1,13 @@
 """Meta's releases are read as what they were made from, and give the same logits; what does not fit is named."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from checkpoints_tools.conversion import Request, convert
 from checkpoints_tools.errors import ConversionError
@@ -47,6 +49,71 @@ def test_every_tensor_is_the_one_it_was_made_from(tmp_path: Path, shape: dict[st
     assert (opened.format, opened.facts) == ("meta", {"parts": parts})
     assert opened.model == open_any(tmp_path / "hf").model
     assert_same(opened, tmp_path / "hf")
+
+
+WIDE: dict[str, Any] = {"num_layers": 2, "vocab_size": 256, "hidden_size": 128, "num_attention_heads": 16}
+EIGHT = {
+    "a key for each head": {"num_query_groups": 16},
+    "a group for each part": {"num_query_groups": 8},
+    "tied": {"num_query_groups": 8, "tie_embeddings": True},
+}
+
+
+@pytest.mark.parametrize("embedding", [0, 1], ids=["embedding by rows", "embedding by columns"])
+@pytest.mark.parametrize("parts", [1, 2, 4, 8])
+@pytest.mark.parametrize("shape", EIGHT.values(), ids=EIGHT.keys())
+def test_the_converted_files_hold_the_tensors_that_the_release_was_made_from(
+    tmp_path: Path, shape: dict[str, Any], parts: int, embedding: int
+):
+    write_llama(tmp_path / "hf", dtype=torch.bfloat16, **WIDE | shape)
+    write_meta(tmp_path / "meta", tmp_path / "hf", parts=parts, embedding=embedding)
+    assert len(list((tmp_path / "meta").glob("consolidated.*.pth"))) == parts
+    source = open_any(tmp_path / "meta")
+    convert(source, source, Request(tmp_path / "out", "hf"))
+    wanted, found = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "out"))
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name].view(torch.int16), tensor.view(torch.int16)), name
+
+
+def test_parts_that_change_places_are_other_tensors(tmp_path: Path):
+    # the test before this one could fail: no order of the parts but their numbers' gives the model
+    write_llama(tmp_path / "hf", dtype=torch.bfloat16, **WIDE)
+    meta = write_meta(tmp_path / "meta", tmp_path / "hf", parts=4)
+    files = [meta / "consolidated.01.pth", meta / "consolidated.02.pth"]
+    for file, data in zip(files, [file.read_bytes() for file in reversed(files)], strict=True):
+        file.write_bytes(data)
+    opened, wanted = open_any(meta), load_file(tmp_path / "hf" / "model.safetensors")
+    for key in opened.dtypes:
+        same = torch.equal(opened.read(key, 0, len(wanted[key.name])), wanted[key.name])
+        assert same == ("norm" in key.name), key
+
+
+def test_neighbours_that_are_rotated_give_the_scores_of_halves_that_are():
+    # what makes the writer of releases believable: Meta rotates complex numbers of neighbours, Hugging Face halves
+    heads, size, tokens, width = 4, 16, 7, 24
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(tokens, width, generator=generator, dtype=torch.float64)
+    q, k = torch.randn(2, heads * size, width, generator=generator, dtype=torch.float64)
+    angles = torch.outer(
+        torch.arange(tokens, dtype=torch.float64), 10000.0 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    )
+
+    def by_neighbours(weight: torch.Tensor) -> torch.Tensor:
+        pairs = torch.view_as_complex((x @ weight.T).view(tokens, heads, size // 2, 2))
+        return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)[:, None]).flatten(2)
+
+    def by_halves(weight: torch.Tensor) -> torch.Tensor:
+        one, other = (x @ weight.T).view(tokens, heads, 2, size // 2).unbind(2)
+        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+        return torch.cat([one * cos - other * sin, other * cos + one * sin], -1)
+
+    def scores(rotated: Any, *weights: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("qhd,khd->hqk", *(rotated(weight) for weight in weights))
+
+    wanted = scores(by_halves, q, k)
+    assert torch.allclose(scores(by_neighbours, alternating(q, heads), alternating(k, heads)), wanted, atol=1e-9)
+    assert not torch.allclose(scores(by_neighbours, q, k), wanted, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
@@ -206,6 +273,22 @@ def test_a_part_that_does_not_fit_is_named(tmp_path: Path, name: str):
     with pytest.raises(ConversionError, match=message) as caught:
         open_any(tmp_path / "meta")
     assert "meta" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["layers.1.ffn_norm.weight", "norm.weight", "rope.freqs"])
+@pytest.mark.parametrize("part", [1, 3])
+def test_what_all_parts_hold_is_compared(tmp_path: Path, name: str, part: int):
+    write_llama(tmp_path / "hf", **SHAPE)
+    write_meta(tmp_path / "meta", tmp_path / "hf", parts=4)
+    open_any(tmp_path / "meta")
+    file = tmp_path / "meta" / f"consolidated.{part:02d}.pth"
+
+    def turn(content: dict[str, torch.Tensor]) -> None:
+        content[name].view(torch.int32)[2] ^= 1  # the last bit of the third element
+
+    changed(file, turn)
+    with pytest.raises(DamagedCheckpoint, match=rf"{file.name}: {re.escape(name)}\[2\] differs from consolidated.00"):
+        open_any(tmp_path / "meta")
 
 
 def test_parts_that_are_missing_or_cut_short_are_named(tmp_path: Path):
