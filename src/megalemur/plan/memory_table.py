@@ -53,14 +53,15 @@ def memory_table(stages: Iterable[StageMemory]) -> Table:
 
 def dry_run_table(found: DryRun) -> Table:
     """What the modules took, and how far the plan is off."""
-    columns = ("rank", "stage", "parameters", "traced GB", "planned GB", "off", "activations off", "TFLOP", "off", "s")
+    columns = ("rank", "stage", "params", "traced GB", "planned", "off", "activ. off", "TFLOP", "off", "s")
     table = _table(f"Dry run of ranks among {found.world_size}, fake tensors", (), columns)
     for one in found.ranks:
         trace, exact = one.trace, one.trace.parameter_count == one.planned.parameter_count
         table.add_row(
             str(trace.rank),
             str(trace.stage),
-            f"{trace.parameter_count:,}" + ("" if exact else f" [red](planned {one.planned.parameter_count:,})[/]"),
+            f"{trace.parameter_count / 1e9:.3f} B"
+            + ("" if exact else f" [red]({trace.parameter_count - one.planned.parameter_count:+,} to the plan)[/]"),
             _gb(trace.peak),
             _gb(one.planned.traced),
             f"{one.total_error:+.2%}",
