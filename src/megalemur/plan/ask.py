@@ -49,7 +49,7 @@ class Answer(NamedTuple):
 
 
 def answer(question: Question) -> Answer:
-    """Plan, print and write what is asked for.
+    """Plan, write what is asked for, and print: whoever cuts the output short has the files.
 
     Raises:
         ConfigError: run file, overrides, cluster or a file to write cannot be used.
@@ -67,14 +67,14 @@ def answer(question: Question) -> Answer:
         ),
     )
     better = look_for_better(config, plan.cluster, question.gpus)
-    if question.as_json:
-        sys.stdout.write(orjson.dumps(document(plan, better).model_dump(), option=orjson.OPT_INDENT_2).decode() + "\n")
-    else:
-        _print(question, plan, better)
     if question.write is not None:
         write_winner(better, question.run_file, question.overrides, question.write)
     if question.html is not None:
         _write_page(question.html, plan, better)
+    if question.as_json:
+        sys.stdout.write(orjson.dumps(document(plan, better).model_dump(), option=orjson.OPT_INDENT_2).decode() + "\n")
+    else:
+        _print(question, plan, better)
     if question.dry_run:
         print_dry_run(config, Console(), ranks=question.ranks, all_classes=question.all_classes)
     return Answer(plan.wrong, better.best is not None if question.search else plan.fits)
