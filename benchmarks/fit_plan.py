@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import yaml
-from annotated_types import Ge, Le
 
 from benchmarks.published_jobs import Row, configuration_error, errors, mean_error, predicted, rows, worst_error
 from megalemur.plan import constants as constants_module
@@ -45,10 +44,8 @@ TYPICAL = {
 def bounds() -> dict[str, tuple[float, float]]:
     """The range of each constant, from its declaration."""
     found = {}
-    for name, field in Constants.model_fields.items():
-        low = next(item.ge for item in field.metadata if isinstance(item, Ge))
-        high = next(item.le for item in field.metadata if isinstance(item, Le))
-        found[name] = (float(low), float(high))
+    for name, field in Constants.model_json_schema()["properties"].items():
+        found[name] = (float(field["minimum"]), float(field["maximum"]))
     return found
 
 

@@ -7,7 +7,7 @@ tuned.
 """
 
 import csv
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -37,6 +37,10 @@ _CLUSTERS = {
     "B200": "b200_sxm",
     "GB200": "gb200_nvl72",
 }
+
+
+Errors = dict[str, dict[tuple[object, ...], list[float]]]
+"""Relative errors of rows, by family and configuration."""
 
 
 @dataclass(frozen=True)
@@ -93,15 +97,16 @@ def _plausible(values: dict[str, str]) -> Iterator[Job]:
             stated = values["virtual_chunks"] != "?"
             if (layers % (depth * chunks) and not stated) or (chunks > 1 and batch // micro % depth):
                 continue
-            # every table with unstated chunks says that the interleaved schedule ran wherever there was a pipeline
+            # SC21 ran the interleaved schedule; megatron-core's README says that pipeline messages were overlapped,
+            # which only that schedule does
             if not stated and depth > 1 and chunks == 1:
                 continue
             for recompute in ("none", "selective") if values["recompute"] == "?" else (values["recompute"],):
                 yield _job(values, micro, chunks, recompute)
 
 
-def _choices(given: str, plausible: object) -> tuple[int, ...]:
-    return tuple(plausible) if given == "?" else (int(given),)  # type: ignore[call-overload]
+def _choices(given: str, plausible: Iterable[int]) -> tuple[int, ...]:
+    return tuple(plausible) if given == "?" else (int(given),)
 
 
 def _spread(layers: int, depth: int, chunks: int) -> tuple[tuple[int, ...], ...]:
@@ -185,30 +190,27 @@ def predicted(row: Row, model: TimeModel) -> float:
     return (times[0] + times[-1]) / 2
 
 
-def errors(table: list[Row], constants: Constants) -> dict[str, dict[tuple[object, ...], list[float]]]:
-    """Relative errors of the predictions, by family and configuration."""
+def errors(table: list[Row], constants: Constants) -> Errors:
+    """Relative errors of the predictions, by family and configuration; above 0 where a step was shorter than said."""
     clusters: dict[str, Cluster] = {row.cluster: load_cluster(row.cluster) for row in table}
     models = {name: TimeModel(cluster, constants) for name, cluster in clusters.items()}
-    found: dict[str, dict[tuple[object, ...], list[float]]] = {}
+    found: Errors = {}
     for row in table:
         error = predicted(row, models[row.cluster]) / row.seconds - 1
         found.setdefault(row.family, {}).setdefault(row.configuration, []).append(error)
     return found
 
 
-def mean_error(found: dict[str, dict[tuple[object, ...], list[float]]]) -> float:
+def mean_error(found: Errors) -> float:
     """Mean absolute error: within configurations, then within families, then over families."""
     return fmean(fmean(fmean(map(abs, errors)) for errors in family.values()) for family in found.values())
 
 
-def configuration_error(found: dict[str, dict[tuple[object, ...], list[float]]]) -> float:
+def configuration_error(found: Errors) -> float:
     """Mean absolute error within configurations, then over all configurations alike."""
     return fmean(fmean(map(abs, errors)) for family in found.values() for errors in family.values())
 
 
-def worst_error(found: dict[str, dict[tuple[object, ...], list[float]]]) -> float:
+def worst_error(found: Errors) -> float:
     """Largest absolute error of a row."""
     return max(abs(error) for family in found.values() for errors in family.values() for error in errors)
-
-
-Metric = Callable[[dict[str, dict[tuple[object, ...], list[float]]]], float]

@@ -5,17 +5,17 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
-import yaml
 
 from benchmarks.fit_plan import CONSTANTS, TYPICAL, bounds
 from benchmarks.published_jobs import WIDEST, Row, errors, mean_error, predicted, rows, worst_error
+from megalemur.config.load import parse_settings
 from megalemur.plan.cluster import load_cluster
 from megalemur.plan.constants import Constants, fitted
 from megalemur.plan.step_time import TimeModel
 
 TABLE = rows("published_runs.csv")
 FOUND = errors(TABLE, fitted())
-KEPT = yaml.safe_load(Path(CONSTANTS).read_text())
+KEPT = parse_settings(Path(CONSTANTS).read_text(), CONSTANTS.name)
 
 
 def test_all_published_rows_are_used():

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megalemur.config.load import ConfigError
+from megalemur.config.load import ConfigError, parse_settings
 from megalemur.observe.throughput import known_peak_teraflops
 from megalemur.plan.cluster import Cluster, load_cluster
 
 FOLDER = Path(__file__).parents[3] / "launch" / "clusters"
 FILES = sorted(FOLDER.glob("*.yaml"))
-GIVEN = yaml.safe_load((FOLDER / "h100_sxm.yaml").read_text())
+GIVEN = parse_settings((FOLDER / "h100_sxm.yaml").read_text(), "cluster")
 
 
 def test_the_clusters_that_are_promised_are_there():
@@ -22,7 +22,9 @@ def test_the_clusters_that_are_promised_are_there():
 def test_every_figure_has_a_source_and_the_peak_is_the_one_of_mfu(file):
     cluster = load_cluster(str(file))
     assert cluster.name == file.stem
-    figures = {key for key, value in yaml.safe_load(file.read_text()).items() if not isinstance(value, (str, dict))}
+    figures = {
+        key for key, value in parse_settings(file.read_text(), "cluster").items() if not isinstance(value, (str, dict))
+    }
     assert set(cluster.sources) == figures and all(len(source) > 3 for source in cluster.sources.values())
     assert known_peak_teraflops(cluster.gpu) == cluster.peak_teraflops_16bit
     assert cluster.memory_bytes > 35e9 and cluster.node_gigabytes_per_second > cluster.network_gigabytes_per_second
