@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import rich
 import torch
@@ -22,6 +23,15 @@ from megalemur.observe.terminal import Terminal
 from megalemur.observe.throughput import flops_per_token, known_peak_teraflops
 
 
+class Standing(NamedTuple):
+    """Where a run stands beside its steps."""
+
+    checkpoint: Callable[[], int] = int
+    """Step of the newest checkpoint that stands, 0 for none."""
+    plan: Expectation | None = None
+    """The plan's figures, to be put beside the measured ones; None: there is no plan."""
+
+
 def build_observers(
     config: RunConfig,
     *,
@@ -29,8 +39,7 @@ def build_observers(
     label: str,
     first_step: int,
     epoch_samples: Mapping[str, int] | None = None,
-    standing: Callable[[], int] = int,
-    expectation: Expectation | None = None,
+    standing: Standing | None = None,
 ) -> list[Observer]:
     """The observers of this rank, in the order in which they are to be called. Rank 0 prints the banner here.
 
@@ -40,10 +49,9 @@ def build_observers(
         label: coordinates of this process, as `tp1 pp0 dp3`; part of file names.
         first_step: steps taken already; above 0 the run is a resumed one.
         epoch_samples: samples in one epoch of each source, to report epochs.
-        standing: step of the newest checkpoint that stands, 0 for none.
-        expectation: the plan's figures, to be put beside the measured ones; None: there is no plan.
+        standing: what the run says of itself as it goes, and what was planned.
     """
-    log = config.log
+    log, standing = config.log, standing or Standing()
     file_name = f"rank-{rank:05d}-{label.replace(' ', '-')}"
     observers: list[Observer] = [AlignedGarbageCollection(config.run.collect_garbage_every)]
     if log.profiler is not None and rank in log.profiler.ranks:
@@ -53,9 +61,9 @@ def build_observers(
         observers.append(MemorySnapshot(log.directory / "memory" / f"{file_name}.pickle"))
     progress = os.environ.get("MEGALEMUR_PROGRESS")  # the batch script's: it is no part of the run
     if rank == 0 and progress:
-        observers.append(Progress(Path(progress), standing))
+        observers.append(Progress(Path(progress), standing.checkpoint))
     if rank == 0:
-        against = AgainstPlan(expectation, stages=config.parallel.pipeline) if expectation is not None else None
+        against = AgainstPlan(standing.plan, stages=config.parallel.pipeline) if standing.plan is not None else None
         if against is not None:
             observers.append(against)  # before the metrics, which ask it at each record
 

@@ -3,7 +3,7 @@
 import logging
 
 from megalemur.config.run import RunConfig
-from megalemur.observe.build import build_observers
+from megalemur.observe.build import Standing, build_observers
 from megalemur.observe.expectation import Expectation
 from megalemur.observe.logs import setup_logging
 from megalemur.parallel.groups import Place, check_world, join, leave, world_from_environment
@@ -78,8 +78,7 @@ def _train(config: RunConfig, place: Place, stop: StopRequest, pulse: Pulse, exp
         label=place.label,
         first_step=run.state.step,
         epoch_samples={s.config.name: s.samples.samples_per_epoch for s in run.data.training.sources.values()},
-        standing=lambda: run.saver.saved_step or 0,
-        expectation=expectation,
+        standing=Standing(lambda: run.saver.saved_step or 0, expectation),
     )
     try:
         stopped = run_loop(run, observers, stop)

@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from megalemur.observe.against_plan import AgainstPlan
-from megalemur.observe.build import build_observers
+from megalemur.observe.build import Standing, build_observers
 from megalemur.observe.expectation import Expectation
 from tests.unit.observe.reports import report, run_config
 
@@ -50,7 +50,7 @@ def test_nothing_is_claimed_before_the_eleventh_step():
 
 def test_a_run_with_a_plan_has_the_observer_and_its_records_the_figures(tmp_path):
     config = run_config(tmp_path, "run.steps=20")
-    observers = build_observers(config, rank=0, label="tp0", first_step=0, expectation=plan())
+    observers = build_observers(config, rank=0, label="tp0", first_step=0, standing=Standing(plan=plan()))
     for step in range(1, 21):
         for observer in observers:
             observer.after_step(report(step))
