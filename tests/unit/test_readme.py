@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -58,3 +59,16 @@ def test_the_run_files_can_be_looked_at_from_the_root(run_file):
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     assert "tokens in all" in ended.stdout
+
+
+def test_the_plan_that_is_shown_is_what_comes_out(tmp_path):
+    shown = re.search(r"\$ megalemur (plan \S+ --search[^\n]*)\n(.*?)\n…", README, re.DOTALL)
+    line = shown[1].replace("out/llama2_70b_32gpu.yaml", str(tmp_path / "written.yaml")).split()
+    command = [sys.executable, "-m", "megalemur.cli.main", *line]
+    environment = {**os.environ, "COLUMNS": "120"}
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+    assert ended.returncode == 0, ended.stderr
+    printed = {text.rstrip() for text in ended.stdout.splitlines()}
+    assert set(shown[2].splitlines()) <= printed
+    ended = subprocess.run([*command[:3], "lint", tmp_path / "written.yaml"], cwd=ROOT, check=False)
+    assert ended.returncode == 0
