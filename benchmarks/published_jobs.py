@@ -127,7 +127,7 @@ def _job(values: dict[str, str], micro: int, chunks: int, recompute: str) -> Job
     if "NeMo 24." in source or "megatron-core 0.8" in source:
         kernels = replace(kernels, attention_generation=2)
     heads, hidden, vocab = int(values["heads"]), int(values["hidden_size"]), int(values["vocab"])
-    multiple = 128 * tensor
+    padding = -vocab % (128 * tensor)
     return Job(
         num_layers=int(values["num_layers"]),
         hidden_size=hidden,
@@ -135,8 +135,8 @@ def _job(values: dict[str, str], micro: int, chunks: int, recompute: str) -> Job
         num_attention_heads=heads,
         num_query_groups=int(values["kv_groups"]),
         head_dim=hidden // heads,
-        vocab_size=-(-vocab // multiple) * multiple,
-        true_vocab_size=vocab,
+        vocab_size=vocab + padding,
+        vocab_padding=padding,
         gated=values["gated"] == "1",
         tie_embeddings=values["model"].startswith(("sc21", "recompute", "mcore", "gpt3")),
         sequence_length=int(values["sequence"]),

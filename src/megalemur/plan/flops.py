@@ -11,7 +11,7 @@ def flops_per_token(job: Job) -> FlopsPerToken:
     Recompute and padding are work, not use, and count nothing.
     """
     layer = job.layer_parameters - 2 * job.hidden_size  # the norms' weights multiply no matrix
-    vocab = job.vocab_size if job.true_vocab_size is None else job.true_vocab_size
+    vocab = job.vocab_size - job.vocab_padding
     matrices = 6 * (job.num_layers * layer + vocab * job.hidden_size)
     scores = 6 * job.num_layers * job.num_attention_heads * job.head_dim * job.sequence_length
     return FlopsPerToken(full_attention=matrices + 2 * scores, causal_attention=matrices + scores)

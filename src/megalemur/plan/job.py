@@ -52,10 +52,8 @@ class Job:
     head_dim: int
     vocab_size: int
     """Padding for this layout included."""
-    true_vocab_size: int | None = None
-    """Without padding, for MFU. None: vocab_size has none."""
     vocab_padding: int = 0
-    """Rows of it that are padding; where there are any, the loss masks them in a copy of the logits."""
+    """Rows of it that are padding, of no use for MFU. Where there are any, the loss masks them in a copy of the logits."""
     tie_embeddings: bool = False
     gated: bool = True
     """SwiGLU: three matrices in the feed-forward. False: two."""
@@ -99,7 +97,6 @@ class Job:
             num_query_groups=model.num_query_groups,
             head_dim=model.head_dim,
             vocab_size=parallel.padded_vocab(model.vocab_size),
-            true_vocab_size=model.vocab_size,
             vocab_padding=parallel.padded_vocab(model.vocab_size) - model.vocab_size,
             tie_embeddings=model.tie_embeddings,
             sequence_length=config.data.sequence_length,

@@ -121,7 +121,6 @@ def layouts(job: Job, *, gpus: int, gpus_per_node: int, vocab_size: int, pad_voc
                     data=data,
                     vocab_size=vocabulary,
                     vocab_padding=vocabulary - vocab_size,
-                    true_vocab_size=vocab_size,
                     sequence_parallel=tensor > 1,
                     recompute="none",
                 )

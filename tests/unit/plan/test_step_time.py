@@ -33,7 +33,7 @@ def test_flops_of_two_matrices_are_those_of_the_paper():
     # Narayanan et al. 2021, equation 3, less recompute: 72 B s L h^2 (1 + s / 6h + V / 12Lh)
     h, layers, s, v = 4096, 36, 2048, 51200
     gpt = job(
-        "llama2_7b", sequence=s, num_layers=layers, ffn_hidden_size=4 * h, gated=False, vocab_size=v, true_vocab_size=v
+        "llama2_7b", sequence=s, num_layers=layers, ffn_hidden_size=4 * h, gated=False, vocab_size=v, vocab_padding=0
     )
     expected = 72 * layers * h * h * (1 + s / (6 * h) + v / (12 * layers * h))
     assert flops_per_token(gpt).full_attention == pytest.approx(expected, rel=1e-12)

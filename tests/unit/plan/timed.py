@@ -29,7 +29,7 @@ def job(preset: str = "llama2_70b", *, sequence: int = 4096, micro: int = 1, bat
         num_query_groups=model.num_query_groups,
         head_dim=model.head_dim,
         vocab_size=parallel.padded_vocab(model.vocab_size),
-        true_vocab_size=model.vocab_size,
+        vocab_padding=parallel.padded_vocab(model.vocab_size) - model.vocab_size,
         sequence_length=sequence,
         micro_batch_size=micro,
         global_batch_size=batch,
