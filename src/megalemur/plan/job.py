@@ -53,7 +53,7 @@ class Job:
     vocab_size: int
     """Padding for this layout included."""
     vocab_padding: int = 0
-    """Rows of it that are padding, of no use for MFU. Where there are any, the loss masks them in a copy of the logits."""
+    """Rows of it that are padding, of no use for MFU. The loss masks them in a copy of the logits."""
     tie_embeddings: bool = False
     gated: bool = True
     """SwiGLU: three matrices in the feed-forward. False: two."""
