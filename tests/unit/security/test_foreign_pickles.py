@@ -253,8 +253,9 @@ def test_what_torch_writes_is_not_too_dense():
         data = pickle_of_chunks(20_000, protocol)
         assert len(data) > 2_000_000
         read_pickle(data)
+        fewer = pickle_of_chunks(2_000, protocol)
         with pytest.raises(PickleError, match="steps"):
-            read_pickle(data[:-1] + b"N0" * 3_000_000 + b".")
+            read_pickle(fewer[:-1] + b"N0" * 3 * len(fewer) + b".")
 
 
 def test_a_frame_of_any_size_takes_no_memory():
