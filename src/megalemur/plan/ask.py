@@ -67,7 +67,7 @@ def answer(question: Question) -> Answer:
         ),
     )
     better = look_for_better(config, plan.cluster, question.gpus)
-    if question.write is not None:
+    if question.write is not None and better.best is not None:
         write_winner(better, question.run_file, question.overrides, question.write)
     if question.html is not None:
         _write_page(question.html, plan, better)
@@ -99,7 +99,7 @@ def _print(question: Question, plan: Plan, better: Better) -> None:
     elif same:
         console.print(f"as the run file has it: {plan.step.seconds:.2f} s a step", highlight=False)
     print_better(better, console, now=plan.step.seconds if same else None, whole=question.search)
-    for target in (question.write, question.html):
+    for target in (question.write if better.best is not None else None, question.html):
         if target is not None:
             console.print(f"written: {target}", highlight=False, markup=False)
 
@@ -108,6 +108,7 @@ def _write_page(target: Path, plan: Plan, better: Better) -> None:
     from megalemur.plan.page import page  # plotly takes half a second to import
 
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(page(plan, better), encoding="utf-8")
     except OSError as error:
         raise ConfigError(str(target), [f"cannot be written: {error.strerror or error}"]) from None

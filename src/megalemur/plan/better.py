@@ -94,7 +94,7 @@ def write_winner(better: Better, run_file: Path, given: Sequence[str], target: P
         target: file to write.
 
     Raises:
-        ConfigError: nothing fits, the file exists, or its folder cannot be written to.
+        ConfigError: nothing fits, the file exists, or it cannot be written there.
     """
     best = better.best
     if best is None:
@@ -106,6 +106,7 @@ def write_winner(better: Better, run_file: Path, given: Sequence[str], target: P
         f"{best.peak_bytes / 1e9:.1f} GB on its fullest stage, both predicted. Every setting is written out.\n"
     )
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with open(target, "x", encoding="utf-8") as file:
             file.write(said + dump_run(config))
     except OSError as error:

@@ -97,7 +97,7 @@ def test_what_lint_calls_an_error_has_the_code_of_bad_settings(monkeypatch):
         (["--cluster", "no_such"], "no such cluster; there are a100_40gb_sxm"),
         (["parallel.tensr=2"], "did you mean parallel.tensor?"),
         (["precision.fp8=hybrid", "model.backend=transformer_engine", "--cluster", "a100_80gb_sxm"], "has no fp8"),
-        (["--html", "no/such/folder/plan.html"], "cannot be written"),
+        (["--html", f"{RUN_70B}/plan.html"], "cannot be written"),
         (["--disk", "0"], "give more than 0"),
     ],
 )
@@ -187,7 +187,7 @@ def test_the_json_is_what_its_schema_says(run):
 
 
 def test_the_winner_written_and_loaded_is_the_layout(tmp_path):
-    target = tmp_path / "winner.yaml"
+    target = tmp_path / "not there yet" / "winner.yaml"
     done = command(RUN_70B, "run.steps=7777", "--search", "--gpus", "32", "--write", target)
     assert done.exit_code == exit_codes.DONE, done.output
     better = look_for_better(load_run(RUN_70B), H100, 32)
@@ -210,8 +210,10 @@ def test_the_winner_written_and_loaded_is_the_layout(tmp_path):
 
 
 def test_a_search_without_an_answer_says_so_and_writes_nothing(tmp_path):
-    done = command(RUN_70B, "--search", "--gpus", "8", "--cluster", "a100_40gb_sxm")
+    target = tmp_path / "winner.yaml"
+    done = command(RUN_70B, "--search", "--gpus", "8", "--cluster", "a100_40gb_sxm", "--write", target)
     assert done.exit_code == exit_codes.DOES_NOT_FIT and "none fits 42" in done.output
+    assert "written" not in done.output and not target.exists()
 
 
 def test_the_search_proposes_what_is_fastest_and_leaves_room():
