@@ -17,6 +17,7 @@ from megalemur.supervise.process import descendants
 from megalemur.train.loop import advance
 from megalemur.train.saving import save_run
 from megalemur.train.step import train_step
+from tests.support.launched import is_running, wait_for
 from tests.support.tiny import tiny_run
 from tests.support.training import start
 
@@ -132,9 +133,14 @@ def _lines(pid: int, what: str) -> list[bytes]:
 
 
 def kill_group(process: subprocess.Popen[str]) -> None:
-    """kill -9 of the launcher and everything it started."""
+    """kill -9 of the launcher and everything it started; returns when all of it is gone.
+
+    Ranks have a session of their own and die of their supervisor's death, a moment later.
+    """
+    everyone = descendants(process.pid)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    wait_for(lambda: [pid for pid in everyone if is_running(pid)], lambda left: not left, seconds=10)
 
 
 PATIENCE = 900
