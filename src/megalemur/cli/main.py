@@ -60,11 +60,15 @@ def _train(config: "RunConfig", stop: "StopRequest", pulse: "Pulse") -> int:
 
 
 def _expectation(config: "RunConfig") -> "Expectation | None":
-    """What the plan says of this run on this cluster; None where there is no plan for it."""
+    """What the plan says of this run on this cluster, for rank 0, which compares; None where there is no plan for it."""
     from megalemur.parallel.device import gpu_name
+
+    gpu = gpu_name()
+    if gpu is None or os.environ.get("RANK", "0") != "0":
+        return None
     from megalemur.plan.expected import expectation
 
-    return expectation(config, gpu_name())
+    return expectation(config, gpu)
 
 
 @app.command()

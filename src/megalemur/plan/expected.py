@@ -9,17 +9,17 @@ from megalemur.plan.memory import memory_of
 from megalemur.plan.step_time import predict
 
 
-def expectation(config: RunConfig, gpu: str | None) -> Expectation | None:
+def expectation(config: RunConfig, gpu: str) -> Expectation | None:
     """Step time and memory peaks as planned.
 
     Args:
         config: the run.
-        gpu: as CUDA names it; None: there is none.
+        gpu: as CUDA names it.
 
     Returns:
         None where nothing is known of such a GPU, or the plan says that it cannot run this.
     """
-    cluster = None if gpu is None else cluster_with(gpu)
+    cluster = cluster_with(gpu)
     job = Job.of(config)
     if cluster is None or (job.precision == "fp8" and cluster.peak_teraflops_fp8 is None):
         return None

@@ -26,6 +26,7 @@ class Node:
 def _automatic_collection():
     yield
     gc.enable()
+    gc.unfreeze()
 
 
 def garbage():
@@ -40,6 +41,17 @@ def test_garbage_is_collected_at_the_due_step_and_not_before():
     assert dead() is not None and not gc.isenabled()
     observer.after_step(report(3))
     assert dead() is None
+
+
+def test_what_was_there_before_is_set_aside_until_the_end(tmp_path):
+    node = Node()
+    old = weakref.ref(node)
+    observer = AlignedGarbageCollection(every=1)
+    del node
+    observer.at_save(1, tmp_path, 0.1)
+    assert old() is not None and gc.get_freeze_count()
+    observer.at_end()
+    assert not gc.get_freeze_count() and gc.collect() and old() is None
 
 
 def test_a_save_collects_old_objects_too(tmp_path):
