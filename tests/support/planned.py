@@ -47,6 +47,7 @@ def _overrides(pick: random.Random) -> list[str]:
         "parallel.distributed_optimizer": choose(["true", "false"]),
         "parallel.overlap_grad_reduce": choose(["true", "false"]),
         "data.sequence_length": choose([1024, 2048, 4096]),
+        "data.document_mask": choose(["none", "intra"]),
         "data.micro_batch_size": micro_batch,
         "data.global_batch_size": micro_batches * data * micro_batch,
         "precision.dtype": choose(["bf16", "bf16", "bf16", "fp32"]),

@@ -3,7 +3,6 @@
 Shapes: s sequence, b micro-batch, n heads on this rank, d head size, t = b * s tokens of a packed micro-batch.
 """
 
-import itertools
 from typing import Any
 
 import torch
@@ -57,9 +56,8 @@ class CoreAttention(torch.nn.Module):
         if packed_seq_params is None:
             heads_first = (x.permute(1, 2, 0, 3) for x in (query, key, value))
             return _causal(*heads_first).permute(2, 0, 1, 3).flatten(2)
-        borders = packed_seq_params.cu_seqlens_q.tolist()  # a CPU tensor: no sync
-        documents = [
-            _causal(*(x[start:stop].transpose(0, 1)[None] for x in (query, key, value)))
-            for start, stop in itertools.pairwise(borders)
-        ]
+        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()  # a CPU tensor: no sync
+        # split, not slices: the gradient of a slice is as long as the whole window, once a document
+        split = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
+        documents = [_causal(*(x.transpose(0, 1)[None] for x in document)) for document in split]
         return torch.cat(documents, dim=2)[0].transpose(0, 1).flatten(1)

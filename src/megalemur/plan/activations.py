@@ -81,6 +81,8 @@ class _Sizes:
     """Log-sum-exp of the scores, fp32."""
     scores: int
     """s x s scores of every head; 0 with flash attention."""
+    joined: int
+    """Results of a window's documents, put together; 0 where a window is attended to as one."""
     rotary: int
     """Cosines and sines of queries and keys."""
     ffn: int
@@ -133,7 +135,8 @@ def _sizes(job: Job) -> _Sizes:
         qkv_local=e * t * rows // tensor if replicated else 0,
         statistics=4 * t * job.num_attention_heads // tensor,
         scores=0 if flash else e * t * job.sequence_length * job.num_attention_heads // tensor,
-        rotary=4 * e * (job.sequence_length // job.context) * head,
+        joined=e * t * query // tensor if job.packed else 0,
+        rotary=4 * e * (t if job.packed else job.sequence_length // job.context) * head,
         ffn=e * t * job.ffn_hidden_size // tensor,
         logits=e * t * job.vocab_size // tensor,
         softmax=4 * t * job.vocab_size // tensor,
@@ -208,7 +211,7 @@ def _grouped(job: Job) -> bool:
 def _core_attention(job: Job, s: _Sizes) -> Events:
     """Queries, keys and values are there; the result stays, with what the backward pass reads."""
     if not s.scores:
-        return [s.query, s.statistics]
+        return [s.query, s.statistics, s.joined]
     mask = [s.scores // s.element, s.scores] if job.kernels.dropout else []
     return [s.scores, s.scores, -s.scores, *mask, s.query]
 
@@ -217,7 +220,8 @@ def _core_attention_backward(job: Job, s: _Sizes) -> Events:
     """The gradient of the result becomes those of query, key and value; all that attention kept goes."""
     kept = sum(_core_attention(job, s))
     work = [s.scores, s.scores, -s.scores, -s.scores] if s.scores else []
-    return [*work, s.query, 2 * s.key, -s.query, -s.key, -s.query, -s.qkv, -kept]
+    joined = s.query + 2 * s.key if s.joined else 0
+    return [*work, s.query, 2 * s.key, joined, -joined, -s.query, -s.key, -s.query, -s.qkv, -kept]
 
 
 def _attention(job: Job, s: _Sizes) -> Events:

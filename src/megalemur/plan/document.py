@@ -1,4 +1,4 @@
-"""A plan for machines: the JSON document and its schema. docs/planner.md says how to read it.
+"""A plan for machines: the JSON document and its schema. docs/plan.md says how to read it.
 
 Numbers are SI: bytes, seconds, tokens. Fields are only ever added; one that changes its meaning raises `version`.
 """

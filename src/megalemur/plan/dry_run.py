@@ -15,7 +15,7 @@ from unittest import mock
 
 import orjson
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 import megalemur.model.layers
 from megalemur.config.run import RunConfig
@@ -30,7 +30,8 @@ from megalemur.plan.memory import enough_micro_batches, memory_of
 from megalemur.plan.schedule import order as order_of
 from megalemur.plan.traced import Tracer
 from megalemur.train.forward import ForwardStep
-from megalemur.train.step import Shape, forward_backward
+from megalemur.train.setup import build_shape
+from megalemur.train.step import forward_backward
 
 _CPU = torch.device("cpu")
 
@@ -57,6 +58,15 @@ def _norms(fused: bool) -> contextlib.AbstractContextManager[Any]:
     return mock.patch.object(megalemur.model.layers, "rms_norm", stand_in)
 
 
+class _Known(torch.Tensor):
+    """Has values among tensors that have none: borders of documents decide on shapes."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with unset_fake_temporarily():
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+
 class _Enough(Exception):
     """The peak is over: the rest of the step would show nothing new."""
 
@@ -78,14 +88,17 @@ class _Stage:
         finish = settings.finalize_model_grads_func
         # with the number of tokens megatron-core would ask whether it is above zero
         settings.finalize_model_grads_func = lambda chunks, tokens=None, **given: finish(chunks, None, **given)
-        self.shape = Shape(config.data.sequence_length, config.data.micro_batch_size)
+        self.shape = build_shape(config)
         self.batch = self._batch()
+        packed = config.data.document_mask == "intra"
+        self.forward_step = ForwardStep(_CPU, packed=packed, borders_device=_CPU)
 
     def _batch(self) -> Batch:
         b, s = self.config.data.micro_batch_size, self.config.data.sequence_length
         tokens, mask = torch.zeros(b, s, dtype=torch.int64), torch.ones(b, s)
-        borders = torch.tensor([0, b * s], dtype=torch.int32)
-        return Batch(tokens, tokens, mask, tokens, borders, b * s)
+        with unset_fake_temporarily():  # windows of one document, which is all that one can be
+            borders = torch.arange(0, b * s + 1, s, dtype=torch.int32).as_subclass(_Known)
+        return Batch(tokens, tokens, mask, tokens, borders, s)
 
     def _received(self) -> torch.Tensor:
         config = self.wrapped[0].config
@@ -98,7 +111,7 @@ class _Stage:
 
         Returns the bytes that each chunk keeps in between; what it sends on is not among them.
         """
-        kept, forward = [], ForwardStep(_CPU, packed=False, borders_device=_CPU)
+        kept, forward = [], self.forward_step
         for wrapped in self.wrapped:
             chunk: Llama = wrapped.module
             before = self.tracer.now
@@ -119,7 +132,7 @@ class _Stage:
 
     def schedule(self, micro_batches: int, forwards: int) -> None:
         """Run megatron-core's schedule until it asks for one more forward operation than `forwards`."""
-        forward, done = ForwardStep(_CPU, packed=False, borders_device=_CPU), 0
+        forward, done = self.forward_step, 0
 
         def counted(batches: Iterator[Batch], model: torch.nn.Module) -> Any:
             nonlocal done

@@ -61,6 +61,9 @@ class Job:
     sequence_length: int
     micro_batch_size: int
     global_batch_size: int
+    packed: bool = False
+    """Attention stays within documents, each a call of its own. Their lengths are unknown: time is that of one a
+    window, which is the longest."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -102,6 +105,7 @@ class Job:
             sequence_length=config.data.sequence_length,
             micro_batch_size=config.data.micro_batch_size,
             global_batch_size=config.data.global_batch_size,
+            packed=config.data.document_mask == "intra" and not engine,
             tensor=parallel.tensor,
             pipeline=parallel.pipeline,
             chunks=parallel.chunks,
