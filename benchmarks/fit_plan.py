@@ -149,6 +149,7 @@ def main() -> None:
             print(f"without {family}: {off['mean']:.2%}, worst {off['worst']:.2%}")
     show("Blackwell's constant fitted", rows("blackwell.csv"), constants)
     show("held out", rows("held_out.csv"), constants)
+    show("blind", rows("blind.csv"), constants)
 
 
 if __name__ == "__main__":

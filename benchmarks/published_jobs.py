@@ -30,6 +30,7 @@ _ENGINE = Kernels(
     tensor_overlap="full",
 )
 _UNFUSED = Kernels(flash_attention=False, fused_norm=True, dropout=True, biases=True, split_messages=True)
+_FOUNDRY = Kernels(fused_norm=True, fused_cross_entropy=True, biases=True)
 _CLUSTERS = {
     "H100": "h100_sxm",
     "A100": "a100_80gb_sxm",
@@ -124,6 +125,8 @@ def _job(values: dict[str, str], micro: int, chunks: int, recompute: str) -> Job
     source, tensor = values["source"], int(values["tp"])
     early, korthikanti = values["gpu"] == "A100" and values["precision"] == "fp16", "Korthikanti" in source
     kernels = replace(_UNFUSED, tensor_overlap="backward" if korthikanti else "none") if early else _ENGINE
+    if "llm-foundry" in source:
+        kernels = _FOUNDRY
     if "NeMo 24." in source or "megatron-core 0.8" in source:
         kernels = replace(kernels, attention_generation=2)
     heads, hidden, vocab = int(values["heads"]), int(values["hidden_size"]), int(values["vocab"])
@@ -138,7 +141,7 @@ def _job(values: dict[str, str], micro: int, chunks: int, recompute: str) -> Job
         vocab_size=vocab + padding,
         vocab_padding=padding,
         gated=values["gated"] == "1",
-        tie_embeddings=values["model"].startswith(("sc21", "recompute", "mcore", "gpt3")),
+        tie_embeddings=values["model"].startswith(("sc21", "recompute", "mcore", "gpt3", "mt-nlg", "mpt")),
         sequence_length=int(values["sequence"]),
         micro_batch_size=micro,
         global_batch_size=int(values["global_batch"]),
