@@ -127,7 +127,7 @@ def _job(values: dict[str, str], micro: int, chunks: int, recompute: str) -> Job
     kernels = replace(_UNFUSED, tensor_overlap="backward" if korthikanti else "none") if early else _ENGINE
     if "llm-foundry" in source:
         kernels = _FOUNDRY
-    if "NeMo 24." in source or "megatron-core 0.8" in source:
+    if ("NeMo 24." in source or "megatron-core 0.8" in source) and "cuDNN" not in values["note"]:
         kernels = replace(kernels, attention_generation=2)
     heads, hidden, vocab = int(values["heads"]), int(values["hidden_size"]), int(values["vocab"])
     padding = -vocab % (128 * tensor)
