@@ -150,6 +150,7 @@ def main() -> None:
     show("Blackwell's constant fitted", rows("blackwell.csv"), constants)
     show("held out", rows("held_out.csv"), constants)
     show("blind", rows("blind.csv"), constants)
+    show("blind, layouts on A100", rows("layouts.csv"), constants)
 
 
 if __name__ == "__main__":
