@@ -20,10 +20,21 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from benchmarks.published_jobs import Row, configuration_error, errors, mean_error, predicted, rows, worst_error
+from benchmarks.published_jobs import (
+    Row,
+    Trial,
+    configuration_error,
+    errors,
+    mean_error,
+    predicted,
+    rows,
+    trials,
+    worst_error,
+)
 from megalemur.plan import constants as constants_module
 from megalemur.plan.cluster import load_cluster
 from megalemur.plan.constants import Constants, fitted
+from megalemur.plan.memory import memory_of
 from megalemur.plan.step_time import TimeModel
 
 CONSTANTS = Path(constants_module.__file__).with_name("constants.yaml")
@@ -125,6 +136,20 @@ def show_order(table: list[Row], constants: Constants) -> None:
             print(f"    {source}, {model}, {gpus} GPUs: {len(times)} layouts, {right:.0%} of pairs, {lost:+.1%}")
 
 
+def show_memory(table: list[Trial]) -> None:
+    """Prints how often the memory model says rightly that a layout runs or is out of memory."""
+    groups: dict[str, Counter[tuple[bool, bool]]] = {}
+    for trial in table:
+        capacity = load_cluster(trial.cluster).memory_bytes
+        fits = max(stage.total for stage in memory_of(trial.job)) <= capacity
+        groups.setdefault(f"{trial.model} {trial.job.recompute}", Counter())[fits, trial.ran] += 1
+    print("\n  layouts that ran or were out of memory")
+    for name, seen in groups.items():
+        right = (seen[True, True] + seen[False, False]) / seen.total()
+        wrong = f"{seen[True, False]} said to fit that did not, {seen[False, True]} the other way"
+        print(f"    {name:20} {seen.total()} layouts, {right:.0%} right, {wrong}")
+
+
 def write(constants: Constants, table: list[Row], left_out: dict[str, dict[str, float]]) -> None:
     """Keeps the constants and their errors."""
     found = errors(table, constants)
@@ -170,6 +195,7 @@ def main() -> None:
     layouts = rows("layouts.csv")
     show("blind, layouts on A100", layouts, constants)
     show_order(layouts, constants)
+    show_memory(trials("layouts_memory.csv"))
 
 
 if __name__ == "__main__":

@@ -65,10 +65,37 @@ class Row:
         return self.source, self.model, self.jobs[0].precision, self.jobs[0].recompute, self.cluster
 
 
-def rows(name: str) -> list[Row]:
-    """The rows of a table in benchmarks/published."""
+@dataclass(frozen=True)
+class Trial:
+    """A job that was tried, and whether it ran or was out of memory."""
+
+    model: str
+    cluster: str
+    job: Job
+    ran: bool
+
+
+def _table(name: str) -> list[dict[str, str]]:
     with (PUBLISHED / name).open(newline="", encoding="utf-8") as file:
-        return [_row(values) for values in csv.DictReader(file)]
+        return list(csv.DictReader(file))
+
+
+def rows(name: str) -> list[Row]:
+    """The rows of a table of times in benchmarks/published."""
+    return [_row(values) for values in _table(name)]
+
+
+def trials(name: str) -> list[Trial]:
+    """The rows of a table that says which jobs ran."""
+    return [
+        Trial(
+            model=values["model"],
+            cluster=_CLUSTERS[values["gpu"]],
+            job=_job(values, int(values["micro_batch"]), int(values["virtual_chunks"]), values["recompute"]),
+            ran=values["ran"] == "1",
+        )
+        for values in _table(name)
+    ]
 
 
 def _row(values: dict[str, str]) -> Row:

@@ -7,10 +7,11 @@ from statistics import fmean
 import pytest
 
 from benchmarks.fit_plan import CONSTANTS, TYPICAL, bounds
-from benchmarks.published_jobs import WIDEST, Row, errors, mean_error, predicted, rows, worst_error
+from benchmarks.published_jobs import WIDEST, Row, errors, mean_error, predicted, rows, trials, worst_error
 from megalemur.config.load import parse_settings
 from megalemur.plan.cluster import load_cluster
 from megalemur.plan.constants import Constants, fitted
+from megalemur.plan.memory import memory_of
 from megalemur.plan.step_time import TimeModel
 
 TABLE = rows("published_runs.csv")
@@ -57,6 +58,20 @@ def test_blind_rows_are_as_near_as_is_said_of_them():
     like = {family: configurations for family, configurations in like.items() if configurations}
     assert mean_error(like) <= 0.045
     assert worst_error(like) <= 0.15
+
+
+def test_nine_in_ten_layouts_that_ran_or_did_not_are_told_apart():
+    table = trials("layouts_memory.csv")
+    assert len(table) == 539 and 0.3 < fmean(trial.ran for trial in table) < 0.7
+    capacity = load_cluster("a100_80gb_sxm").memory_bytes
+    peaks = [max(stage.total for stage in memory_of(trial.job)) for trial in table]
+
+    def right(limit: float) -> float:
+        return fmean((peak <= limit) == trial.ran for peak, trial in zip(peaks, table, strict=True))
+
+    assert right(capacity) >= 0.9
+    # a card of another size would tell them apart less well
+    assert right(capacity) > right(0.6 * capacity) and right(capacity) > right(1.6 * capacity)
 
 
 def test_constants_are_few_and_within_their_bounds():
