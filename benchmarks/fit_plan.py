@@ -1,6 +1,6 @@
 """Fits the time model's constants to the published runs, and says how far its predictions are off.
 
-    python benchmarks/fit_plan.py            # residuals of the constants that are kept, in sample and held out
+    python benchmarks/fit_plan.py            # residuals of the constants that are kept, in sample, held out and blind
     python benchmarks/fit_plan.py --fit      # fits, writes src/megalemur/plan/constants.yaml
     python benchmarks/fit_plan.py --leave-out  # fits without each family and predicts it
 
@@ -14,15 +14,27 @@ plausible. Needs scipy (the `fit` extra); nothing else of the project does.
 import argparse
 import math
 from collections import Counter
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import yaml
 
-from benchmarks.published_jobs import Row, configuration_error, errors, mean_error, predicted, rows, worst_error
+from benchmarks.published_jobs import (
+    Row,
+    Trial,
+    configuration_error,
+    errors,
+    mean_error,
+    predicted,
+    rows,
+    trials,
+    worst_error,
+)
 from megalemur.plan import constants as constants_module
 from megalemur.plan.cluster import load_cluster
 from megalemur.plan.constants import Constants, fitted
+from megalemur.plan.memory import memory_of
 from megalemur.plan.step_time import TimeModel
 
 CONSTANTS = Path(constants_module.__file__).with_name("constants.yaml")
@@ -108,6 +120,36 @@ def show(title: str, table: list[Row], constants: Constants) -> None:
             print(f"    {' '.join(map(str, configuration[1:])):58} {' '.join(f'{value:+.1%}' for value in off)}")
 
 
+def show_order(table: list[Row], constants: Constants) -> None:
+    """Prints how well the model orders the layouts of one job on the same GPUs, which is what a search needs."""
+    models = {name: TimeModel(load_cluster(name), constants) for name in {row.cluster for row in table}}
+    groups: dict[tuple[str, str, int], list[tuple[float, float]]] = {}
+    for row in table:
+        both = predicted(row, models[row.cluster]), row.seconds
+        groups.setdefault((row.source, row.model, row.gpus), []).append(both)
+    print("\n  layouts in order: pairs that are measured as predicted; the predicted best beside the measured best")
+    for (source, model, gpus), times in groups.items():
+        pairs = [(a, b) for a, b in combinations(times, 2) if a[1] != b[1]]
+        if len(pairs) > 1:
+            right = sum((a[0] < b[0]) == (a[1] < b[1]) for a, b in pairs) / len(pairs)
+            lost = min(times)[1] / min(measured for _, measured in times) - 1
+            print(f"    {source}, {model}, {gpus} GPUs: {len(times)} layouts, {right:.0%} of pairs, {lost:+.1%}")
+
+
+def show_memory(table: list[Trial]) -> None:
+    """Prints how often the memory model says rightly that a layout runs or is out of memory."""
+    groups: dict[str, Counter[tuple[bool, bool]]] = {}
+    for trial in table:
+        capacity = load_cluster(trial.cluster).memory_bytes
+        fits = max(stage.total for stage in memory_of(trial.job)) <= capacity
+        groups.setdefault(f"{trial.model} {trial.job.recompute}", Counter())[fits, trial.ran] += 1
+    print("\n  layouts that ran or were out of memory")
+    for name, seen in groups.items():
+        right = (seen[True, True] + seen[False, False]) / seen.total()
+        wrong = f"{seen[True, False]} said to fit that did not, {seen[False, True]} the other way"
+        print(f"    {name:20} {seen.total()} layouts, {right:.0%} right, {wrong}")
+
+
 def write(constants: Constants, table: list[Row], left_out: dict[str, dict[str, float]]) -> None:
     """Keeps the constants and their errors."""
     found = errors(table, constants)
@@ -149,6 +191,11 @@ def main() -> None:
             print(f"without {family}: {off['mean']:.2%}, worst {off['worst']:.2%}")
     show("Blackwell's constant fitted", rows("blackwell.csv"), constants)
     show("held out", rows("held_out.csv"), constants)
+    show("blind", rows("blind.csv"), constants)
+    layouts = rows("layouts.csv")
+    show("blind, layouts on A100", layouts, constants)
+    show_order(layouts, constants)
+    show_memory(trials("layouts_memory.csv"))
 
 
 if __name__ == "__main__":

@@ -65,10 +65,37 @@ class Row:
         return self.source, self.model, self.jobs[0].precision, self.jobs[0].recompute, self.cluster
 
 
-def rows(name: str) -> list[Row]:
-    """The rows of a table in benchmarks/published."""
+@dataclass(frozen=True)
+class Trial:
+    """A job that was tried, and whether it ran or was out of memory."""
+
+    model: str
+    cluster: str
+    job: Job
+    ran: bool
+
+
+def _table(name: str) -> list[dict[str, str]]:
     with (PUBLISHED / name).open(newline="", encoding="utf-8") as file:
-        return [_row(values) for values in csv.DictReader(file)]
+        return list(csv.DictReader(file))
+
+
+def rows(name: str) -> list[Row]:
+    """The rows of a table of times in benchmarks/published."""
+    return [_row(values) for values in _table(name)]
+
+
+def trials(name: str) -> list[Trial]:
+    """The rows of a table that says which jobs ran."""
+    return [
+        Trial(
+            model=values["model"],
+            cluster=_CLUSTERS[values["gpu"]],
+            job=_job(values, int(values["micro_batch"]), int(values["virtual_chunks"]), values["recompute"]),
+            ran=values["ran"] == "1",
+        )
+        for values in _table(name)
+    ]
 
 
 def _row(values: dict[str, str]) -> Row:
@@ -120,12 +147,26 @@ def _spread(layers: int, depth: int, chunks: int) -> tuple[tuple[int, ...], ...]
     return tuple(tuple(counts[chunk * depth + stage] for chunk in range(chunks)) for stage in range(depth))
 
 
+def _kernels(values: dict[str, str]) -> Kernels:
+    """What a row's layers ran on."""
+    source = values["source"]
+    if "llm-foundry" in source:
+        return Kernels(fused_norm=True, fused_cross_entropy=True, biases=True)
+    if "Hagemann" in source:
+        # torch's silu and product; no message of their software is asynchronous
+        kernels = Kernels(fused_norm="RMSNorm kernel" in source, tensor_overlap="none")
+        return replace(kernels, flash_attention="FlashAttention" in source)
+    if values["gpu"] == "A100":
+        return replace(_UNFUSED, tensor_overlap="backward" if "Korthikanti" in source else "none")
+    older = ("NeMo 24." in source or "megatron-core 0.8" in source) and "cuDNN" not in values["note"]
+    return replace(_ENGINE, attention_generation=2 if older else 3)
+
+
 def _job(values: dict[str, str], micro: int, chunks: int, recompute: str) -> Job:
     source, tensor = values["source"], int(values["tp"])
-    early, korthikanti = values["gpu"] == "A100" and values["precision"] == "fp16", "Korthikanti" in source
-    kernels = replace(_UNFUSED, tensor_overlap="backward" if korthikanti else "none") if early else _ENGINE
-    if "NeMo 24." in source or "megatron-core 0.8" in source:
-        kernels = replace(kernels, attention_generation=2)
+    hagemann, korthikanti = "Hagemann" in source, "Korthikanti" in source
+    early = values["gpu"] == "A100" and not hagemann and "llm-foundry" not in source
+    kernels = _kernels(values)
     heads, hidden, vocab = int(values["heads"]), int(values["hidden_size"]), int(values["vocab"])
     padding = -vocab % (128 * tensor)
     return Job(
@@ -138,7 +179,7 @@ def _job(values: dict[str, str], micro: int, chunks: int, recompute: str) -> Job
         vocab_size=vocab + padding,
         vocab_padding=padding,
         gated=values["gated"] == "1",
-        tie_embeddings=values["model"].startswith(("sc21", "recompute", "mcore", "gpt3")),
+        tie_embeddings=values["model"].startswith(("sc21", "recompute", "mcore", "gpt3", "mt-nlg", "mpt")),
         sequence_length=int(values["sequence"]),
         micro_batch_size=micro,
         global_batch_size=int(values["global_batch"]),
@@ -147,11 +188,13 @@ def _job(values: dict[str, str], micro: int, chunks: int, recompute: str) -> Job
         chunks=chunks,
         context=int(values["cp"]),
         data=int(values["dp"]),
-        sequence_parallel=tensor > 1 and (not early or (korthikanti and not values["note"].startswith("no sequence"))),
+        sequence_parallel=tensor > 1
+        and (not early or korthikanti)
+        and not values["note"].startswith("no sequence parallelism"),
         layers=_spread(int(values["num_layers"]), int(values["pp"]), chunks),
         distributed_optimizer=not early,
-        overlap_grad_reduce=not early,
-        overlap_param_gather=not early,
+        overlap_grad_reduce=not early and not hagemann,
+        overlap_param_gather=not early and not hagemann,
         overlap_p2p=not early and chunks > 1,
         precision=values["precision"],  # type: ignore[arg-type]
         # NVIDIA's recipes reduce gradients in bf16 (grad_reduce_in_fp32 is off); Megatron-LM accumulates bf16's in fp32

@@ -7,10 +7,11 @@ from statistics import fmean
 import pytest
 
 from benchmarks.fit_plan import CONSTANTS, TYPICAL, bounds
-from benchmarks.published_jobs import WIDEST, Row, errors, mean_error, predicted, rows, worst_error
+from benchmarks.published_jobs import WIDEST, Row, errors, mean_error, predicted, rows, trials, worst_error
 from megalemur.config.load import parse_settings
 from megalemur.plan.cluster import load_cluster
 from megalemur.plan.constants import Constants, fitted
+from megalemur.plan.memory import memory_of
 from megalemur.plan.step_time import TimeModel
 
 TABLE = rows("published_runs.csv")
@@ -42,6 +43,35 @@ def test_runs_that_the_fit_has_not_seen_are_near_too():
     held_out = errors(rows("held_out.csv"), fitted())
     assert mean_error(held_out) <= 0.04
     assert worst_error(held_out) <= 0.12
+
+
+def test_blind_rows_are_as_near_as_is_said_of_them():
+    found = errors(rows("blind.csv"), fitted())
+    assert sum(len(off) for family in found.values() for off in family.values()) == 160
+    assert 0.055 < mean_error(found) < 0.065
+    # no Blackwell, DeepSpeed or ZeRO-3: software and hardware of the fitted rows
+    like = {
+        family: {key: off for key, off in configurations.items() if "b200" not in str(key[-1])}
+        for family, configurations in found.items()
+        if "MT-NLG" not in family and "llm-foundry" not in family
+    }
+    like = {family: configurations for family, configurations in like.items() if configurations}
+    assert mean_error(like) <= 0.045
+    assert worst_error(like) <= 0.15
+
+
+def test_nine_in_ten_layouts_that_ran_or_did_not_are_told_apart():
+    table = trials("layouts_memory.csv")
+    assert len(table) == 539 and 0.3 < fmean(trial.ran for trial in table) < 0.7
+    capacity = load_cluster("a100_80gb_sxm").memory_bytes
+    peaks = [max(stage.total for stage in memory_of(trial.job)) for trial in table]
+
+    def right(limit: float) -> float:
+        return fmean((peak <= limit) == trial.ran for peak, trial in zip(peaks, table, strict=True))
+
+    assert right(capacity) >= 0.9
+    # a card of another size would tell them apart less well
+    assert right(capacity) > right(0.6 * capacity) and right(capacity) > right(1.6 * capacity)
 
 
 def test_constants_are_few_and_within_their_bounds():
@@ -90,7 +120,7 @@ def test_averages_are_over_configurations_and_then_families():
     assert worst_error(found) == 0.3
 
 
-@pytest.mark.parametrize("name", ["published_runs.csv", "held_out.csv", "blackwell.csv"])
+@pytest.mark.parametrize("name", ["published_runs.csv", "held_out.csv", "blackwell.csv", "blind.csv", "layouts.csv"])
 def test_rows_are_what_their_tables_say(name):
     assert {field.name for field in fields(Row)} >= {"source", "model", "gpus", "seconds"}
     for row in rows(name):
