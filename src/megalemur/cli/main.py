@@ -60,7 +60,7 @@ def _train(config: "RunConfig", stop: "StopRequest", pulse: "Pulse") -> int:
 
 
 def _expectation(config: "RunConfig") -> "Expectation | None":
-    """What the plan says of this run on this cluster, for rank 0, which compares; None where there is no plan for it."""
+    """What the plan says of this run here, for rank 0, which compares; None where there is no plan for it."""
     from megalemur.parallel.device import gpu_name
 
     gpu = gpu_name()
