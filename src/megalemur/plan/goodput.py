@@ -11,8 +11,8 @@ import math
 from dataclasses import dataclass
 
 LLAMA3_FAILURES = 419 / (54 * 24 * 16384)
-"""Failures a GPU hour of Llama 3's pre-training: 419 unexpected interruptions in 54 days on 16,384 H100 (Llama Team 2024,
-section 3.3.4), 78 % of them put down to hardware (table 5)."""
+"""Failures a GPU hour of Llama 3's pre-training: 419 unexpected interruptions in 54 days on 16,384 H100 (Llama Team
+2024, section 3.3.4), 78 % of them put down to hardware (table 5)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

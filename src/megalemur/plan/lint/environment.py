@@ -4,8 +4,10 @@ from megalemur.config.run import RunConfig
 from megalemur.plan.lint.finding import Texts
 from megalemur.plan.lint.machine import Site
 from megalemur.plan.lint.scale import GIB, size
+from megalemur.supervise.signals import STOP_SIGNALS
 
 _SLOW_LINKS = ("NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE")
+_STOPS = {str(int(each)): each.name for each in STOP_SIGNALS}
 _HANDLES_A_RANK = 256  # torch, NCCL and the supervisor; two a source come on top
 
 
@@ -66,6 +68,17 @@ def nccl_network_disabled(site: Site) -> Texts:
         yield (
             f"NCCL_IB_DISABLE={site.environ['NCCL_IB_DISABLE']} with {site.nodes} nodes: all traffic between them goes "
             "over TCP; unset it"
+        )
+
+
+def nccl_takes_a_signal(site: Site) -> Texts:
+    """NCCL dumps its state at a signal with which a job is asked to stop: the run never hears of it, and does not save.
+    https://github.com/NVIDIA/nccl/issues/704 https://github.com/facebookincubator/submitit/pull/1697"""
+    number = site.environ.get("NCCL_PROXY_DUMP_SIGNAL", "").strip()
+    if site.is_launch and number in _STOPS:
+        yield (
+            f"NCCL_PROXY_DUMP_SIGNAL={number} takes {_STOPS[number]} away from the run, which saves and stops at it; "
+            "unset it, or give it a signal that nobody else uses"
         )
 
 
@@ -147,6 +160,7 @@ RULES = (
     ("warning", connections_one_without_tensor),
     ("warning", nccl_links_disabled),
     ("warning", nccl_network_disabled),
+    ("warning", nccl_takes_a_signal),
     ("warning", errors_not_handled),
     ("warning", kernels_wait_for_each_other),
     ("warning", threads_oversubscribed),
