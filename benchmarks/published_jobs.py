@@ -208,7 +208,7 @@ def _fits(job: Job) -> bool:
     """Whether the first stage can fit into 80 GB: published runs did not run out of memory.
 
     Only as exact as choosing among micro-batches needs: 34 bytes an activation element and layer (Korthikanti et al.
-    2022, equation 4; without its scores where attention is fused or recomputed).
+    2022, equations 2 and 4; without their scores where attention is fused or recomputed).
     """
     parameters = sum(job.layers[0]) * job.layer_parameters + job.vocab_size * job.hidden_size
     state = parameters / job.tensor * (6 + 12 / job.data if job.distributed_optimizer else 16)

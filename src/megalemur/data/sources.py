@@ -113,7 +113,8 @@ def _tokenizer_digests(tokenizer: Path) -> set[str]:
 def check_tokenizers(sources: Sequence[OpenSource], tokenizer: Path | None) -> None:
     """One tokenizer made everything. Sources without a manifest are believed.
 
-    https://github.com/huggingface/datatrove/issues/345: a wrong BOS or EOS corrupts data without a word.
+    https://github.com/decoderesearch/SAELens/issues/146: data of another tokenizer train to a high loss, without a
+    word.
 
     Raises:
         ValueError: data.tokenizer does not exist.

@@ -1,4 +1,4 @@
-"""Seconds of collectives and messages, by the alpha-beta model on rings (Thakur et al. 2005, section 4).
+"""Seconds of collectives and messages, by the alpha-beta model on rings (Thakur et al. 2005).
 
 n processes, each with b bytes in the end (all-gather) or at the start (reduce-scatter): a ring takes
 (n - 1) / n * b / bandwidth + (n - 1) * latency; an all-reduce is one of each.

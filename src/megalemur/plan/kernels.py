@@ -1,8 +1,8 @@
 """Seconds of single kernels on one GPU: matrix products, attention, and what only moves memory.
 
-A matrix product takes what its arithmetic needs at the achievable share of the peak, less where the product is too
-small to fill the device, or what the traffic of its operands needs, whichever is longer (roofline, Williams et al.
-2009).
+A matrix product takes what its arithmetic needs at the achievable share of the peak, longer where the product is too
+small to fill the device, and what the traffic of its operands needs: the sum, not the maximum of the roofline (Williams
+et al. 2009).
 """
 
 from dataclasses import dataclass

@@ -50,7 +50,7 @@ def test_the_best_interval_beats_all_others(mean, save):
     assert all(goodput(best, costs) >= goodput(best * factor, costs) for factor in (0.5, 0.9, 0.99, 1.01, 1.1, 2))
     if save < mean / 1000:
         assert best == pytest.approx(math.sqrt(2 * save * mean), rel=0.03)  # Young 1974
-    # Daly 2006, equation 37: the first terms of the same root
+    # Daly 2006, its higher-order estimate: the first terms of the same root
     if save < mean / 50:
         ratio = save / (2 * mean)
         daly = math.sqrt(2 * save * mean) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - save

@@ -123,6 +123,7 @@ NODES = {
     "connections_not_one": {"CUDA_DEVICE_MAX_CONNECTIONS": ""},
     "nccl_links_disabled": {"NCCL_P2P_DISABLE": "1"},
     "nccl_network_disabled": {"NCCL_IB_DISABLE": "1"},
+    "nccl_takes_a_signal": {"NCCL_PROXY_DUMP_SIGNAL": "10"},
     "errors_not_handled": {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"},
     "kernels_wait_for_each_other": {"CUDA_LAUNCH_BLOCKING": "1"},
     "threads_oversubscribed": {"OMP_NUM_THREADS": "96"},
@@ -163,3 +164,9 @@ def test_one_connection_without_tensor_parallelism_overlaps_nothing(good, monkey
     more = ["parallel.tensor=1", "parallel.data=2", "parallel.overlap_grad_reduce=true"]
     rule = "connections_one_without_tensor"
     fires_and_is_missed(rule, said(good, *more), lambda: said(good, *more), monkeypatch)
+
+
+@pytest.mark.parametrize("number", ["", "-1", "34"])
+def test_a_signal_that_nobody_stops_a_run_with_may_be_nccls(good, number):
+    site = replace(NODE, environ={**NODE.environ, "NCCL_PROXY_DUMP_SIGNAL": number})
+    assert said(good, site=site) == []

@@ -35,7 +35,7 @@ def source_rarely_drawn(run: Any, data: Any) -> Texts:
 
 def sources_hold_the_same(data: Any) -> Texts:
     """Two sources of one prefix: their weights add up, and samples come twice.
-    https://github.com/NVIDIA/Megatron-LM/issues/697"""
+    https://github.com/NVIDIA/Megatron-Energon/issues/266"""
     names: dict[Any, str] = {}
     for source in data.sources:
         twin = names.setdefault(source.path, source.name)
@@ -80,7 +80,7 @@ def documents_attend_to_each_other(data: Any) -> Texts:
 
 def tokenizer_not_named(run: Any, model: Any, parallel: Any, data: Any) -> Texts:
     """A long run without data.tokenizer: nothing to check the sources against, and nothing in its checkpoints.
-    https://github.com/huggingface/datatrove/issues/345"""
+    https://github.com/pytorch/torchtitan/pull/2074"""
     if data.tokenizer is None and is_costly(run, model, parallel, data):
         yield (
             "data.tokenizer is not given: the sources are not checked against it, and checkpoints do not carry "

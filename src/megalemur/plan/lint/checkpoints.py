@@ -33,7 +33,7 @@ def start_can_be_read(config: RunConfig, files: Files) -> Texts:
 
 def start_says_what_is_loaded(config: RunConfig, files: Files) -> Texts:
     """checkpoint.start_from is a checkpoint with moments, and the run file does not say what becomes of them.
-    https://github.com/areal-project/AReaL/issues/1468"""
+    https://github.com/areal-project/AReaL/pull/1468"""
     start, load = config.checkpoint.start_from, config.checkpoint.load
     if start is None or (not isinstance(files.newest, CheckpointError) and files.newest.path is not None):
         return
@@ -49,14 +49,14 @@ def start_says_what_is_loaded(config: RunConfig, files: Files) -> Texts:
 
 def own_checkpoints_verify(files: Files) -> Texts:
     """The run has checkpoints, and none of them can be resumed from, by manifest and sizes.
-    https://github.com/NVIDIA-NeMo/Automodel/pull/3261"""
+    https://github.com/RLinf/RLinf/pull/1469"""
     if isinstance(files.newest, CheckpointError):
         yield str(files.newest)
 
 
 def resume_is_allowed(config: RunConfig, files: Files) -> Texts:
     """The newest checkpoint is of a run with settings that a resume may not change.
-    https://github.com/NVIDIA-NeMo/Megatron-Bridge/issues/4565"""
+    https://github.com/bghira/SimpleTuner/pull/3093 https://github.com/NVIDIA-NeMo/Megatron-Bridge/pull/5637"""
     old = _resumed_settings(files)
     if old is not None:
         for sentence in refusals(compare(old, config).differences, config.checkpoint.allow_changes):
@@ -65,7 +65,7 @@ def resume_is_allowed(config: RunConfig, files: Files) -> Texts:
 
 def resumes_another_run(config: RunConfig, files: Files) -> Texts:
     """The newest checkpoint in checkpoint.directory was written by a run of another name.
-    https://github.com/allenai/OLMo/issues/812"""
+    https://github.com/meta-pytorch/torchforge/issues/631 https://github.com/NVIDIA-NeMo/Automodel/issues/836"""
     old = _resumed_settings(files) or {}
     section = old.get("run")
     name = section.get("name") if isinstance(section, dict) else None

@@ -4,8 +4,10 @@ from megalemur.config.run import RunConfig
 from megalemur.plan.lint.finding import Texts
 from megalemur.plan.lint.machine import Site
 from megalemur.plan.lint.scale import GIB, size
+from megalemur.supervise.signals import STOP_SIGNALS
 
 _SLOW_LINKS = ("NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE")
+_STOPS = {str(int(each)): each.name for each in STOP_SIGNALS}
 _HANDLES_A_RANK = 256  # torch, NCCL and the supervisor; two a source come on top
 
 
@@ -52,7 +54,7 @@ def connections_one_without_tensor(config: RunConfig, site: Site) -> Texts:
 
 def nccl_links_disabled(site: Site) -> Texts:
     """NCCL is told to leave the links between the GPUs of a node alone.
-    https://github.com/NVIDIA-NeMo/Speech/issues/9291"""
+    https://github.com/NVIDIA/nccl/issues/631"""
     for name in _SLOW_LINKS:
         if site.is_launch and site.is_on(name):
             yield f"{name}={site.environ[name]} makes every collective inside a node slower; unset it"
@@ -61,7 +63,7 @@ def nccl_links_disabled(site: Site) -> Texts:
 def nccl_network_disabled(site: Site) -> Texts:
     """NCCL is told to leave InfiniBand and RoCE alone, and several nodes then talk over TCP.
     https://github.com/scottclowe/pytorch-experiment-template/issues/11
-    https://github.com/areal-project/AReaL/issues/639"""
+    https://github.com/hiyouga/LlamaFactory/issues/6111"""
     if site.is_launch and site.nodes > 1 and site.is_on("NCCL_IB_DISABLE"):
         yield (
             f"NCCL_IB_DISABLE={site.environ['NCCL_IB_DISABLE']} with {site.nodes} nodes: all traffic between them goes "
@@ -69,9 +71,20 @@ def nccl_network_disabled(site: Site) -> Texts:
         )
 
 
+def nccl_takes_a_signal(site: Site) -> Texts:
+    """NCCL dumps its state at a signal with which a job is asked to stop: the run never hears of it, and does not save.
+    https://github.com/NVIDIA/nccl/issues/704 https://github.com/facebookincubator/submitit/pull/1697"""
+    number = site.environ.get("NCCL_PROXY_DUMP_SIGNAL", "").strip()
+    if site.is_launch and number in _STOPS:
+        yield (
+            f"NCCL_PROXY_DUMP_SIGNAL={number} takes {_STOPS[number]} away from the run, which saves and stops at it; "
+            "unset it, or give it a signal that nobody else uses"
+        )
+
+
 def errors_not_handled(site: Site) -> Texts:
     """Collectives that fail or run out of time no longer end the process.
-    https://github.com/pytorch/pytorch/issues/46874"""
+    https://github.com/pytorch/pytorch/pull/44163"""
     for name in ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "NCCL_ASYNC_ERROR_HANDLING"):
         if site.is_launch and site.environ.get(name) == "0":
             yield f"{name}=0: a collective that runs out of time no longer ends the process; unset it"
@@ -110,7 +123,7 @@ def allocator_fragments(config: RunConfig, site: Site) -> Texts:
 
 def shared_memory_small(site: Site) -> Texts:
     """A container's 64 MB of /dev/shm, where NCCL wants about 10 MB for each pair of GPUs.
-    https://github.com/NVIDIA/nccl/issues/342"""
+    https://github.com/NVIDIA/nccl/issues/342 https://github.com/NVIDIA/JAX-Toolbox/issues/183"""
     if site.is_launch and site.shared_memory is not None and site.shared_memory < GIB:
         yield (
             f"/dev/shm has {size(site.shared_memory)}: NCCL ends with a bus error when it is full; start the container "
@@ -147,6 +160,7 @@ RULES = (
     ("warning", connections_one_without_tensor),
     ("warning", nccl_links_disabled),
     ("warning", nccl_network_disabled),
+    ("warning", nccl_takes_a_signal),
     ("warning", errors_not_handled),
     ("warning", kernels_wait_for_each_other),
     ("warning", threads_oversubscribed),

@@ -10,7 +10,7 @@ _ACCUMULATED = 4
 
 def floor_before_the_end(run: Any, schedule: Any) -> Texts:
     """A cosine that reaches its floor long before the run ends: the rest of the token budget runs at the floor.
-    https://github.com/mlfoundations/open_clip/issues/413"""
+    https://github.com/EleutherAI/gpt-neox/pull/1008"""
     decay = schedule.decay_steps
     if schedule.kind == "cosine" and decay is not None and decay < 0.9 * run.steps:
         rest = 1 - decay / run.steps
@@ -22,7 +22,7 @@ def floor_before_the_end(run: Any, schedule: Any) -> Texts:
 
 def long_warm_up(run: Any, schedule: Any) -> Texts:
     """A warm-up that takes more than a quarter of the run: of a schedule for a longer one.
-    https://github.com/pytorch/torchtitan/pull/1495"""
+    https://github.com/ace-step/ACE-Step/pull/198"""
     if run.steps and 0.25 * run.steps < schedule.warmup_steps < run.steps and run.steps >= 100:
         yield (
             f"schedule.warmup_steps={schedule.warmup_steps} is {schedule.warmup_steps / run.steps:.0%} of run.steps="
@@ -72,7 +72,8 @@ def gradients_never_clipped(optim: Any) -> Texts:
 
 def replicas_never_compared(run: Any, parallel: Any) -> Texts:
     """Replicas of a parameter may drift apart for weeks, and nobody compares them.
-    https://github.com/bigscience-workshop/Megatron-DeepSpeed/pull/274"""
+    https://github.com/bigscience-workshop/Megatron-DeepSpeed/pull/270
+    https://github.com/NVIDIA/TransformerEngine/issues/441"""
     if run.check_replicas_every == 0 and parallel.world_size > 1:
         yield (
             "run.check_replicas_every=0: what must be equal on several ranks is never compared; use "

@@ -11,7 +11,7 @@ _PATIENCE_SECONDS, _HASTE_SECONDS = 3600.0, 60.0
 
 def much_work_at_risk(run: Any, model: Any, parallel: Any, data: Any, checkpoint: Any) -> Texts:
     """So long from one save to the next that a crash costs hours.
-    https://github.com/NVIDIA-NeMo/Megatron-Bridge/pull/4765 https://github.com/karpathy/nanochat/pull/295"""
+    https://github.com/huggingface/accelerate/issues/3400"""
     every = checkpoint.save_every or run.steps
     seconds = step_seconds(model, parallel, data)
     hours = min(every, run.steps) * seconds / 3600
@@ -61,7 +61,7 @@ def stop_before_shorter_than_a_save(run: Any, model: Any, parallel: Any, data: A
 
 def start_in_own_directory(checkpoint: Any) -> Texts:
     """The run's own checkpoints lie where it starts from: a restart could not tell them apart.
-    https://github.com/allenai/OLMo/issues/812"""
+    https://github.com/mlfoundations/open_clip/issues/180"""
     start, own = checkpoint.start_from, checkpoint.directory
     if start is not None and start == own:
         yield (
@@ -80,7 +80,7 @@ def stalls_not_watched(watchdog: Any, parallel: Any) -> Texts:
 
 def hang_held_too_long(run: Any, watchdog: Any, parallel: Any) -> Texts:
     """A hang holds all GPUs for more than an hour before it is ended.
-    https://github.com/NVIDIA-NeMo/Speech/issues/9291"""
+    https://github.com/NVIDIA-NeMo/Speech/issues/8441"""
     limit = (watchdog.timeout or run.collective_timeout / 2) if watchdog.enabled else run.collective_timeout
     if limit > _PATIENCE_SECONDS and parallel.world_size > 1:
         lost = limit / 3600 * parallel.world_size
@@ -113,7 +113,7 @@ def stop_at_beyond_the_end(run: Any) -> Texts:
 
 def profile_never_taken(run: Any, parallel: Any, log: Any) -> Texts:
     """A profiler window or rank that the run does not have: no trace is written.
-    https://github.com/deepmodeling/deepmd-kit/issues/5820"""
+    https://github.com/NVIDIA-NeMo/Megatron-Bridge/pull/5819 https://github.com/google/tunix/pull/2088"""
     if log.profiler is None:
         return
     last = min(run.steps, run.stop_at or run.steps)

@@ -24,8 +24,8 @@ def key_value_heads_replicated(model: Any, parallel: Any) -> Texts:
 
 
 def tensor_within_node(parallel: Any, gpus_per_node: int) -> Texts:
-    """Tensor parallelism that leaves the node: two collectives a layer go over the network (Narayanan et al. 2021).
-    https://github.com/NVIDIA/Megatron-LM/issues/258"""
+    """Tensor parallelism that leaves the node: its collectives go over the network, against the advice of Narayanan et
+    al. 2021 that is quoted in https://github.com/NVIDIA/Megatron-LM/issues/258"""
     if gpus_per_node % parallel.tensor:
         good = max(t for t in range(1, min(parallel.tensor, gpus_per_node) + 1) if gpus_per_node % t == 0)
         yield (
@@ -51,7 +51,7 @@ def pipeline_bubble(run: Any, model: Any, parallel: Any, data: Any) -> Texts:
 
 def vocabulary_padding_waste(run: Any, model: Any, parallel: Any, data: Any) -> Texts:
     """Padding rows of the vocabulary that cost memory and arithmetic for nothing.
-    https://github.com/bigscience-workshop/Megatron-DeepSpeed/pull/255"""
+    Measured here: the rows are counted."""
     rows = parallel.padded_vocab(model.vocab_size) - model.vocab_size
     if _PADDING * model.vocab_size < rows <= model.vocab_size and is_costly(run, model, parallel, data):
         yield (
@@ -63,7 +63,7 @@ def vocabulary_padding_waste(run: Any, model: Any, parallel: Any, data: Any) -> 
 def output_stage_heavier(run: Any, model: Any, parallel: Any, data: Any) -> Texts:
     """The last pipeline stage computes more than a tenth more than the others, because the output layer is there: all
     wait for it.
-    https://github.com/NVIDIA/Megatron-LM/issues/890 https://github.com/NVIDIA/Megatron-LM/issues/1059"""
+    https://github.com/NVIDIA/Megatron-LM/issues/890 https://github.com/NVIDIA-NeMo/Megatron-Bridge/pull/5391"""
     try:
         layers = stage_layers(model.num_layers, parallel)
     except ValueError:
@@ -122,7 +122,7 @@ def overlaps_off(run: Any, model: Any, parallel: Any, data: Any) -> Texts:
 
 def optimizer_state_replicated(model: Any, parallel: Any) -> Texts:
     """Masters and moments are held whole by every replica although they could be split over them.
-    https://github.com/NVIDIA/Megatron-LM/issues/525"""
+    https://github.com/NVIDIA-NeMo/Speech/pull/9482"""
     held = 12 * model.parameters / (parallel.tensor * parallel.pipeline)
     freed = held * (1 - 1 / parallel.data)
     if not parallel.distributed_optimizer and freed > _FREED_BYTES:
@@ -144,7 +144,7 @@ def rotary_base_of_llama3(model: Any) -> Texts:
 
 def positions_never_trained(model: Any, data: Any, checkpoint: Any) -> Texts:
     """A model from scratch that declares positions which it never sees: beyond them it writes nonsense.
-    https://github.com/huggingface/transformers/issues/22433"""
+    https://github.com/TransformerLensOrg/TransformerLens/issues/492"""
     if checkpoint.start_from is None and data.sequence_length < model.max_position_embeddings:
         yield (
             f"model.max_position_embeddings={model.max_position_embeddings} goes into the exported config.json, but a "

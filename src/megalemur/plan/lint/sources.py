@@ -14,13 +14,13 @@ _EPOCHS, _UNKNOWN = 4.0, 0.001
 
 def sources_can_be_read(files: Files) -> Texts:
     """A source that is missing, damaged, shorter than a window or holds ids that the model does not have.
-    https://github.com/pytorch/torchtitan/pull/1495"""
+    https://github.com/huggingface/tokenizers/issues/1609"""
     yield from files.refused
 
 
 def tokenizers_agree(config: RunConfig, files: Files) -> Texts:
     """Sources made with different tokenizers, or with another than data.tokenizer.
-    https://github.com/huggingface/datatrove/issues/345"""
+    https://github.com/decoderesearch/SAELens/issues/146 https://github.com/marin-community/marin/issues/301"""
     try:
         check_tokenizers([*files.training, *files.validation], config.data.tokenizer)
     except (DataError, ValueError) as error:
@@ -29,7 +29,7 @@ def tokenizers_agree(config: RunConfig, files: Files) -> Texts:
 
 def special_ids_agree(files: Files) -> Texts:
     """One tokenizer whose sources have other ids for the ends of documents.
-    https://github.com/huggingface/datatrove/issues/489"""
+    https://github.com/huggingface/datatrove/pull/489 https://github.com/huggingface/datatrove/issues/345"""
     seen: dict[tuple[int | None, int | None], str] = {}
     for source in (*files.training, *files.validation):
         if source.manifest is not None:
@@ -57,7 +57,7 @@ def documents_end_alike(files: Files) -> Texts:
 
 def sources_differ(files: Files) -> Texts:
     """Two prefixes that hold the same data.
-    https://github.com/NVIDIA/Megatron-LM/issues/697"""
+    https://github.com/NVIDIA/Megatron-Energon/issues/266"""
     try:
         shares_of(files.training)
     except ValueError as error:
@@ -66,7 +66,7 @@ def sources_differ(files: Files) -> Texts:
 
 def manifests_are_there(files: Files) -> Texts:
     """A source without a manifest: nothing says which tokenizer made it.
-    https://github.com/huggingface/datatrove/issues/345"""
+    https://github.com/Lightning-AI/litgpt/issues/471"""
     for source in (*files.training, *files.validation):
         if source.manifest is None:
             yield (
@@ -123,7 +123,7 @@ def validation_is_held_out(files: Files) -> Texts:
 
 def unknown_tokens_many(files: Files) -> Texts:
     """More than a thousandth of the tokens are unknown: the tokenizer does not know this text.
-    https://github.com/huggingface/datatrove/issues/345"""
+    https://github.com/nlpyang/PreSumm/issues/184"""
     for source in files.training:
         manifest = source.manifest
         if manifest is not None and manifest.unknown_tokens > _UNKNOWN * manifest.tokens:
