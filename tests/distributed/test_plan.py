@@ -14,11 +14,13 @@ from tests.support.tiny import tiny_run
 P, R = "parallel.", "precision.recompute"
 # one in ten of benchmarks/plan_memory.py's, the small ones
 SMALL = [run for run in random_runs(40, seed=7) if run.model.num_layers <= 8 and run.micro_batches <= 8][:4]
+# three gradients of a tied table at once: more than the one layer needs
+SMALL.append(planned_run("model.tie_embeddings=true", "model.num_layers=1", f"{R}=full", "data.document_mask=intra"))
 
 
 def test_the_plan_is_within_five_per_cent_of_the_trace():
     found = run_ranks(1, trace_runs, [(run, number % 2 == 0) for number, run in enumerate(SMALL)])[0]
-    assert len(found) >= len(SMALL) == 4
+    assert len(found) >= len(SMALL) == 5
     assert differing(found, 0.05) == []
 
 

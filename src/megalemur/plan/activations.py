@@ -392,7 +392,10 @@ def chunk_of(job: Job, layers: int, first: bool, last: bool) -> Chunk:
     tied = s.weight_table if first and last and job.tie_embeddings else 0
     kept, backward, backward_unit = held, 0, ""
     for count, unit in reversed(runs):
-        peak = held - kept + unit.backward + (0 if unit.name == "output layer" else tied)
+        work = unit.backward + (0 if unit.name == "output layer" else tied)
+        if unit.name == "embedding":
+            work = max(work, 3 * tied)  # both gradients of a tied table and their sum
+        peak = held - kept + work
         held -= count * unit.kept
         if peak > backward:
             backward, backward_unit = peak, unit.name
