@@ -123,6 +123,11 @@ class Job:
         )
 
     @property
+    def element_bytes(self) -> int:
+        """Bytes of a parameter and of an element of the activations."""
+        return 4 if self.precision == "fp32" else 2
+
+    @property
     def world_size(self) -> int:
         """Processes in all."""
         return self.tensor * self.pipeline * self.context * self.data
