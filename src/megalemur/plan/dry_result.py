@@ -154,6 +154,17 @@ def parsed_ranks(parallel: ParallelConfig, text: str) -> list[int]:
     return ranks
 
 
+def chosen_ranks(parallel: ParallelConfig, text: str | None, *, all_classes: bool) -> list[int]:
+    """Ranks that a dry run is asked for: one of each stage, or those of `text`; without either the first and the last.
+
+    Raises:
+        ValueError: as `parsed_ranks`.
+    """
+    if all_classes:
+        return [class_rank(parallel, stage) for stage in range(parallel.pipeline)]
+    return parsed_ranks(parallel, text or "0,last")
+
+
 def planned_flops(job: Job, stage: int) -> int:
     """FLOPs of a micro-batch through all chunks of a rank: observe/throughput.py's closed form, of this rank's share.
 

@@ -1,13 +1,13 @@
 """Memory of a plan, and a dry run beside it, as tables for people."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.table import Table
 
 from megalemur.config.run import RunConfig
 from megalemur.plan.checkpoint_cost import checkpoint_cost
-from megalemur.plan.dry_result import Collective, Compared, DryRun, Order, class_rank, dry_run, parsed_ranks
+from megalemur.plan.dry_result import Collective, Compared, DryRun, Order, dry_run
 from megalemur.plan.job import Job
 from megalemur.plan.memory import StageMemory, memory_of
 
@@ -98,19 +98,13 @@ def print_memory(config: RunConfig, console: Console) -> None:
     )
 
 
-def print_dry_run(config: RunConfig, console: Console, *, ranks: str | None, all_classes: bool) -> None:
+def print_dry_run(config: RunConfig, console: Console, ranks: Sequence[int]) -> None:
     """Trace the chosen ranks and print them beside the plan.
 
     Raises:
-        ValueError: `ranks` names none of the world's, or the run file asks for modules that are not installed.
+        ValueError: the run file asks for modules that are not installed.
     """
-    parallel = config.parallel
-    if ranks is not None and all_classes:
-        raise ValueError("--ranks and --all-classes exclude each other; leave one of them out")
-    chosen = parsed_ranks(parallel, ranks or "0,last")
-    if all_classes:
-        chosen = [class_rank(parallel, stage) for stage in range(parallel.pipeline)]
-    found = dry_run(Order(config), chosen)
+    found = dry_run(Order(config), ranks)
     console.print(dry_run_table(found))
     for one in (found.ranks[0], found.ranks[-1])[: len(found.ranks)]:
         console.print(collectives_table(one))

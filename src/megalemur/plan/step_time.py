@@ -236,8 +236,8 @@ def pipeline_seconds(chunks: tuple[tuple[ChunkTime, ...], ...], micro_batches: i
     """The schedule's time without replaying it.
 
     A stage is busy for all its micro-batches; before it the stages above it are filled, behind it they drain, and twice
-    it waits for a round trip through the stages below it, less what it does meanwhile. With so few micro-batches that all
-    go forward before the first comes back, it waits once. The slowest stage decides. With equal stages that is
+    it waits for a round trip through the stages below it, less what it does meanwhile. With so few micro-batches that
+    all go forward before the first comes back, it waits once. The slowest stage decides. With equal stages that is
     (m + (p - 1) / v) (f + b), as in Narayanan et al. 2021, section 2.2.
 
     Args:
