@@ -211,9 +211,9 @@ def dry_run(order: Order, ranks: Sequence[int], *, processes: int | None = None)
 
 
 def compared(order: Order, traces: Sequence[RankTrace]) -> DryRun:
-    """Traces beside the plan of the same kernels."""
+    """Traces beside the plan of the same kernels; both without the update, which is not run."""
     job = Job.of(order.config)
-    job = replace(job, kernels=replace(job.kernels, fused_norm=order.fused_norm))
+    job = replace(job, kernels=replace(job.kernels, fused_norm=order.fused_norm), update_bytes=0)
     plan = memory_of(job)
     rows = tuple(Compared(trace, plan[trace.stage], planned_flops(job, trace.stage)) for trace in traces)
     return DryRun(job.world_size, rows)

@@ -9,7 +9,7 @@ from megalemur.config.run import RunConfig
 from megalemur.plan.checkpoint_cost import checkpoint_cost
 from megalemur.plan.dry_result import Collective, Compared, DryRun, Order, dry_run
 from megalemur.plan.job import Job
-from megalemur.plan.memory import StageMemory, memory_of
+from megalemur.plan.memory import UPDATE, StageMemory, memory_of
 
 _GB = 10**9
 
@@ -30,6 +30,8 @@ def _table(title: str, left: Iterable[str], right: Iterable[str]) -> Table:
 def moment(stage: StageMemory) -> str:
     """When a stage is fullest, in words."""
     op = stage.peak_op
+    if stage.peak_unit == UPDATE:
+        return "the optimizer's update"
     where = f", chunk {op.chunk}" if len(stage.layers) > 1 else ""
     return f"{'backward' if op.backward else 'forward'} of micro-batch {op.micro_batch}{where}: {stage.peak_unit}"
 
