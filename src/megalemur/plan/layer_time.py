@@ -188,7 +188,7 @@ class LayerModel:
         job, ranks = self._job, self._job.context
         if ranks == 1:
             return 0.0, 0.0
-        message = self._links.message(2.0 * job.element_bytes * self._tokens * self._key, job.tensor)
+        message = self._links.step(2.0 * job.element_bytes * self._tokens * self._key, ranks, job.tensor)
         steps = ranks - 1
         forward = steps * max(0.0, message - core / ranks)
         backward = steps * max(0.0, 2 * message - core_backward / ranks)

@@ -211,9 +211,11 @@ def _state(job: Job, parameters: int) -> tuple[int, int, int]:
     )
 
 
-def _buffers(job: Job, parameters: int) -> int:
-    weights = 2 * parameters if job.precision == "fp8" else 0  # each matrix in 8 bits, as it is and transposed
-    return standing_buffers(job) + weights
+def _buffers(job: Job, stage: int) -> int:
+    """Bytes that stay: of activations, and in fp8 each matrix of the layers in 8 bits, as it is and transposed. Tables
+    are multiplied in 16 bits."""
+    matrices = sum(job.layers[stage]) * (job.layer_parameters - 2 * job.hidden_size) // job.tensor
+    return standing_buffers(job) + (2 * matrices if job.precision == "fp8" else 0)
 
 
 class _Peak(NamedTuple):
@@ -282,7 +284,7 @@ def _stage_memory(job: Job, stage: int, capacity: int | None) -> StageMemory:
         activations=peak.held,
         logits=logits,
         working=peak.level - peak.held - logits,
-        buffers=_buffers(job, count),
+        buffers=_buffers(job, stage),
         slack=int(SLACK * peak.level) + CONTEXT_BYTES,
         in_flight=peak.in_flight,
         peak_op=peak.op,
@@ -306,7 +308,7 @@ def peak_memory(job: Job) -> int:
 def _total(job: Job, stage: int) -> int:
     count = stage_parameters(job, stage)
     level = _peak(job, stage).level
-    return sum(_state(job, count)) + _buffers(job, count) + level + int(SLACK * level) + CONTEXT_BYTES
+    return sum(_state(job, count)) + _buffers(job, stage) + level + int(SLACK * level) + CONTEXT_BYTES
 
 
 def memory_timeline(job: Job, stage: int) -> tuple[Point, ...]:

@@ -205,8 +205,11 @@ def _search(plan: Plan, better: Better) -> Iterable[str]:
     if best is None:
         yield _section("Layouts", f"{found[:-1]}: {nothing_found(better)}.")
         return
-    yield _section("Layouts", f"{found} The fastest step of each tensor- and pipeline-parallel size, in seconds.")
-    yield _drawn(_heat_map(better), "layouts", 420)
+    if len(better.by_tensor_and_pipeline()) > 1:
+        yield _section("Layouts", f"{found} The fastest step of each tensor- and pipeline-parallel size, in seconds.")
+        yield _drawn(_heat_map(better), "layouts", 420)
+    else:
+        yield _section("Layouts", found)
     yield _section("Time and memory", "Nothing else is both faster and smaller than a layout on the line.")
     yield _drawn(_front(plan, better), "front", 420)
 

@@ -216,6 +216,14 @@ def test_the_fullest_stage_and_its_moment():
     assert memory_of(job)[0].fits is None
 
 
+def test_8_bit_copies_are_of_the_layers_matrices_and_of_no_table():
+    wide, narrow = (memory_of(job_of("llama3_8b", tensor=2, precision=p))[0] for p in ("bf16", "fp8"))
+    model = ModelConfig(preset="llama3_8b")
+    matrices = model.num_layers * (model.parameters_per_layer - 2 * model.hidden_size)
+    assert narrow.buffers - wide.buffers == 2 * matrices // 2
+    assert narrow.parameters == wide.parameters and narrow.activations_peak == wide.activations_peak
+
+
 def test_the_update_is_the_peak_where_it_allocates_more_than_a_micro_batch():
     small = {"recompute": "full", "sequence_length": 512, "global_batch_size": 4}
     quiet, loud = (memory_of(job_of(**small, update_bytes=size))[0] for size in (0, 8))

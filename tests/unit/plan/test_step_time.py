@@ -8,6 +8,7 @@ import pytest
 from megalemur.config.model import ModelConfig
 from megalemur.config.presets import PRESETS
 from megalemur.observe.throughput import flops_per_token as closed_form
+from megalemur.plan.collectives import Links
 from megalemur.plan.constants import fitted
 from megalemur.plan.flops import flops_per_token
 from megalemur.plan.job import Kernels
@@ -161,6 +162,13 @@ def test_fp32_runs_without_tensor_cores_and_moves_twice_the_bytes():
 def test_context_parallelism_splits_the_work():
     one, two = (step(preset="llama3_8b", sequence=32768, context=c, batch=8).seconds for c in (1, 2))
     assert 0.5 * one < two < 0.7 * one
+
+
+def test_a_ring_of_context_parallel_ranks_is_as_fast_as_its_slowest_link():
+    links = Links.of(H100, fitted())
+    inside, across = links.message(1e8, 1), links.message(1e8, 8)
+    assert links.step(1e8, 2, 4) == links.step(1e8, 8, 1) == inside
+    assert links.step(1e8, 4, 4) == links.step(1e8, 16, 1) == links.step(1e8, 2, 8) == across > 5 * inside
 
 
 def test_replicas_share_the_optimizer():
