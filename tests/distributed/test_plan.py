@@ -3,10 +3,11 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from megalemur.plan.dry_result import Order, compared, dry_run
 from megalemur.plan.job import Job
-from megalemur.plan.memory import memory_of
+from megalemur.plan.memory import UPDATE, memory_of
 from tests.support.planned import all_stages, differing, peak_of_tensors, planned_run, random_runs, trace_runs
 from tests.support.ranks import run_ranks
 from tests.support.tiny import tiny_run
@@ -79,3 +80,36 @@ def test_eight_layouts_rank_as_planned_in_real_training(tmp_path):
     assert sorted(planned, key=planned.__getitem__) == sorted(measured, key=measured.__getitem__), (planned, measured)
     off = {name: planned[name] / measured[name] - 1 for name in LAYOUTS}
     assert max(map(abs, off.values())) < 0.05, off
+
+
+@pytest.mark.parametrize("distributed", ["true", "false"])
+def test_narrow_gradients_are_widened_for_the_update_when_it_is_the_fullest_moment(tmp_path, distributed):
+    small = ("data.sequence_length=16", "data.micro_batch_size=1", "data.global_batch_size=2", f"{R}=full")
+    widths = ("precision.dtype=bf16", "precision.reduce_grads_in_fp32=false", f"{P}distributed_optimizer={distributed}")
+    run = tiny_run(tmp_path, *small, *widths, "run.check_replicas_every=0", "model.hidden_size=128")
+    job = Job.of(run)
+    job = replace(job, kernels=replace(job.kernels, fused_norm=False))
+    (planned,), (silent,) = memory_of(job), memory_of(replace(job, update_bytes=0))
+    measured = max(run_ranks(1, peak_of_tensors, run, 2))
+    assert planned.peak_unit == UPDATE and planned.traced == pytest.approx(measured, rel=0.05)
+    assert silent.traced < 0.9 * measured  # negative control: the activations alone are less
+
+
+@pytest.mark.parametrize("kind", ["fused_adamw", "adamw"])
+def test_what_the_update_allocates_beside_its_gradients(kind):
+    from megalemur.optim.adamw import make_adamw, set_moments_to_zero
+    from megalemur.plan.traced import Tracer
+
+    weight = torch.nn.Parameter(torch.zeros(1 << 16))
+    weight.grad = torch.zeros_like(weight)
+    optimizer = make_adamw(kind, [{"params": [weight]}], lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    optimizer.param_groups[0]["foreach"] = True  # torch's own choice for torch.optim.AdamW on CUDA
+    set_moments_to_zero(optimizer)
+    with Tracer() as tracer:
+        for tensor in (weight, weight.grad, *optimizer.state[weight].values()):
+            tracer.follow(torch.as_tensor(tensor))
+        tracer.restart()
+        before = tracer.now
+        optimizer.step()
+    planned = Job.of(planned_run(f"optim.kind={kind}")).update_bytes * weight.numel()
+    assert tracer.peak - before == pytest.approx(planned, abs=64)

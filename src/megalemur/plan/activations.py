@@ -103,17 +103,13 @@ class _Sizes:
         return self.fused_norm or self.element == 4
 
 
-def _element(job: Job) -> int:
-    return 4 if job.precision == "fp32" else 2
-
-
 def _stream_split(job: Job) -> int:
     """Ranks over which sequence parallelism splits the residual stream."""
     return job.tensor if job.sequence_parallel else 1
 
 
 def _sizes(job: Job) -> _Sizes:
-    e, t, tensor, share = _element(job), job.tokens_per_rank, job.tensor, _stream_split(job)
+    e, t, tensor, share = job.element_bytes, job.tokens_per_rank, job.tensor, _stream_split(job)
     head, h = job.head_dim, job.hidden_size
     replicated = job.num_query_groups < tensor
     query = job.num_attention_heads * head
@@ -405,7 +401,7 @@ def chunk_of(job: Job, layers: int, first: bool, last: bool) -> Chunk:
 
 def message_bytes(job: Job) -> int:
     """One pipeline message: the residual stream of a micro-batch on this rank, or its gradient."""
-    return _element(job) * job.tokens_per_rank * job.hidden_size // _stream_split(job)
+    return job.element_bytes * job.tokens_per_rank * job.hidden_size // _stream_split(job)
 
 
 def standing_buffers(job: Job) -> int:

@@ -1,5 +1,6 @@
 """What `megalemur plan` is asked, and how it answers: terminal, JSON, page, run file."""
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from megalemur.config.load import ConfigError, load_run
 from megalemur.plan.better import Better, look_for_better, write_winner
 from megalemur.plan.cluster import load_cluster
 from megalemur.plan.document import document, plan_schema
+from megalemur.plan.dry_result import chosen_ranks
 from megalemur.plan.memory_table import print_dry_run
 from megalemur.plan.terminal import print_better, print_plan
 from megalemur.plan.whole import Assumptions, Plan, make_plan
@@ -57,6 +59,7 @@ def answer(question: Question) -> Answer:
     """
     _check(question)
     config = load_run(question.run_file, question.overrides)
+    ranks = chosen_ranks(config.parallel, question.ranks, all_classes=question.all_classes)
     plan = make_plan(
         config,
         load_cluster(question.cluster, question.run_file),
@@ -76,7 +79,7 @@ def answer(question: Question) -> Answer:
     else:
         _print(question, plan, better)
     if question.dry_run:
-        print_dry_run(config, Console(), ranks=question.ranks, all_classes=question.all_classes)
+        print_dry_run(config, Console(), ranks)
     return Answer(plan.wrong, better.best is not None if question.search else plan.fits)
 
 
@@ -84,10 +87,19 @@ def _check(question: Question) -> None:
     for name, needs_search in (("--gpus", question.gpus), ("--write", question.write)):
         if needs_search is not None and not question.search:
             raise ValueError(f"{name} belongs to a search; write --search too")
+    for name, value, least in (
+        ("--failures", question.failures_per_gpu_year, 0.0),
+        ("--disk", question.disk_bytes_per_second / 1e9, sys.float_info.min),
+        ("--restart", question.restart_seconds, 0.0),
+    ):
+        if not least <= value < math.inf:
+            raise ValueError(f"{name} {value:g}: give a finite number{', more than 0' if least else ', 0 or more'}")
     if question.as_json and question.dry_run:
         raise ValueError("--json and --dry-run exclude each other; leave one of them out")
     if not question.dry_run and (question.ranks is not None or question.all_classes):
         raise ValueError("--ranks and --all-classes belong to a dry run; write --dry-run too")
+    if question.ranks is not None and question.all_classes:
+        raise ValueError("--ranks and --all-classes exclude each other; leave one of them out")
 
 
 def _print(question: Question, plan: Plan, better: Better) -> None:

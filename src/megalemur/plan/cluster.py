@@ -4,7 +4,7 @@ import contextlib
 from pathlib import Path
 from typing import Literal
 
-from pydantic import PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from megalemur.config.load import ConfigError, parse_settings
 from megalemur.config.plain_files import read_plain
@@ -31,9 +31,10 @@ class Cluster(Section):
     """fp8 tensor-core peak, dense, TFLOP/s. None: the GPU has no fp8."""
     peak_teraflops_fp32: PositiveFloat
     """fp32 peak outside the tensor cores, TFLOP/s."""
-    achievable_fraction: PositiveFloat = 1.0
+    achievable_fraction: float = Field(default=1.0, gt=0, le=1.25)
     """What products and attention reach here of what Constants expects of this architecture: below 1 where power or
-    clocks are capped. A measured step beside a planned one tells it."""
+    clocks are capped. A measured step beside a planned one tells it. At 1.25 products and attention are near the
+    peak."""
     multiprocessors: PositiveInt
     """Streaming multiprocessors of one GPU."""
     memory_gigabytes_per_second: PositiveFloat

@@ -55,6 +55,16 @@ class Links:
         hops = (inside - 1) * self.node_latency + 2 * self.network_latency * math.log2(max(2.0, nodes))
         return (size - 1) / size * count / bandwidth + hops
 
+    def step(self, count: float, size: int, stride: int) -> float:
+        """Seconds of one step of a ring, in which every process sends `count` bytes to the next: of the slowest link.
+
+        Args:
+            count: bytes.
+            size: processes of the ring.
+            stride: between neighbours in the order of ranks.
+        """
+        return self.message(count, stride if size * stride <= self.gpus_per_node else self.gpus_per_node)
+
     def message(self, count: float, stride: int) -> float:
         """Seconds of one message to a rank `stride` further on."""
         if stride < self.gpus_per_node:

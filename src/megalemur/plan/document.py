@@ -45,6 +45,8 @@ class StagePart(_Part):
     peak_chunk: int
     peak_micro_batch: int
     peak_unit: str
+    """Part of that chunk: embedding, layer, output layer …; update: the peak is in the optimizer, behind the operation
+    that is named."""
 
 
 class TimePart(_Part):

@@ -154,6 +154,17 @@ def parsed_ranks(parallel: ParallelConfig, text: str) -> list[int]:
     return ranks
 
 
+def chosen_ranks(parallel: ParallelConfig, text: str | None, *, all_classes: bool) -> list[int]:
+    """Ranks that a dry run is asked for: one of each stage, or those of `text`; without either the first and the last.
+
+    Raises:
+        ValueError: as `parsed_ranks`.
+    """
+    if all_classes:
+        return [class_rank(parallel, stage) for stage in range(parallel.pipeline)]
+    return parsed_ranks(parallel, text or "0,last")
+
+
 def planned_flops(job: Job, stage: int) -> int:
     """FLOPs of a micro-batch through all chunks of a rank: observe/throughput.py's closed form, of this rank's share.
 
@@ -200,9 +211,9 @@ def dry_run(order: Order, ranks: Sequence[int], *, processes: int | None = None)
 
 
 def compared(order: Order, traces: Sequence[RankTrace]) -> DryRun:
-    """Traces beside the plan of the same kernels."""
+    """Traces beside the plan of the same kernels; both without the update, which is not run."""
     job = Job.of(order.config)
-    job = replace(job, kernels=replace(job.kernels, fused_norm=order.fused_norm))
+    job = replace(job, kernels=replace(job.kernels, fused_norm=order.fused_norm), update_bytes=0)
     plan = memory_of(job)
     rows = tuple(Compared(trace, plan[trace.stage], planned_flops(job, trace.stage)) for trace in traces)
     return DryRun(job.world_size, rows)

@@ -9,7 +9,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 from unittest import mock
 
@@ -174,7 +174,7 @@ def trace_rank(order: Order, rank: int) -> RankTrace:
             flops, sent = tracer.flops, _collectives(tracer)
             zero_gradients(built.wrapped)
             tracer.restart()
-            micro_batches, forwards = _enough(Job.of(config), stage, order.whole)
+            micro_batches, forwards = _enough(replace(Job.of(config), update_bytes=0), stage, order.whole)
             built.schedule(micro_batches, forwards)
             return RankTrace(
                 rank=rank,

@@ -3,12 +3,15 @@
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
+from megalemur.plan.job import Job
+from megalemur.plan.schedule import warm_up
 from megalemur.plan.whole import Plan
 
 Kind = Literal["forward", "backward", "message", "bubble", "gradients", "optimizer"]
 
-MOST_BARS = 3000
-"""More than these a browser draws slowly, and nobody sees."""
+MOST_BARS, MOST_OF_ALL = 3000, 12000
+"""More than these a browser draws slowly, and nobody sees; more than the second not even where filling the pipeline
+takes them."""
 
 
 class Bar(NamedTuple):
@@ -32,13 +35,21 @@ class Chart(NamedTuple):
     """Seconds between the panels."""
 
 
-def chart(plan: Plan, most: int = MOST_BARS) -> Chart:
+def enough_bars(job: Job) -> int:
+    """Bars that show the pipeline fill, a bit of its steady state, and drain."""
+    ahead = warm_up(0, pipeline=job.pipeline, chunks=job.chunks, micro_batches=job.micro_batches)
+    a_side = job.pipeline * (2 * ahead + 4 * job.pipeline)  # a message behind each operation
+    return max(MOST_BARS, min(MOST_OF_ALL, 2 * a_side))
+
+
+def chart(plan: Plan, most: int | None = None) -> Chart:
     """The step, replayed. A long one is shown at its ends: warm-up and the first of the steady state, and cool-down.
 
     Args:
         plan: the plan.
-        most: bars in all, about.
+        most: bars in all, about; None: `enough_bars`.
     """
+    most = enough_bars(plan.job) if most is None else most
     bars = sorted(_bars(plan), key=lambda bar: bar.start)
     end = max(bar.start + bar.seconds for bar in bars)
     if len(bars) <= most:

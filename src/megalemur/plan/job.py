@@ -81,6 +81,9 @@ class Job:
     precision: Literal["bf16", "fp16", "fp32", "fp8"] = "bf16"
     """Of the matrix products; parameters are 2 bytes but for fp32."""
     grads_in_fp32: bool = True
+    update_bytes: int = 0
+    """Bytes a parameter that a rank updates, which the update allocates and frees again: 4 for fp32 copies of gradients
+    in 16 bits, 4 for what torch.optim.AdamW has a tensor for. The fused kernel needs nothing."""
     recompute: Recompute = "none"
     recompute_modules: tuple[str, ...] = ("core_attn",)
     recompute_method: Literal["uniform", "block"] = "uniform"
@@ -92,6 +95,7 @@ class Job:
         """The job that a run file describes."""
         model, parallel, precision = config.model, config.parallel, config.precision
         engine = model.backend == "transformer_engine"
+        wide_gradients = precision.reduce_grads_in_fp32 or precision.dtype == "fp32"
         return cls(
             num_layers=model.num_layers,
             hidden_size=model.hidden_size,
@@ -118,13 +122,19 @@ class Job:
             overlap_param_gather=parallel.overlap_param_gather,
             overlap_p2p=parallel.overlap_p2p,
             precision="fp8" if precision.fp8 else precision.dtype,
-            grads_in_fp32=precision.reduce_grads_in_fp32 or precision.dtype == "fp32",
+            grads_in_fp32=wide_gradients,
+            update_bytes=(0 if wide_gradients else 4) + (4 if config.optim.kind == "adamw" else 0),
             recompute=precision.recompute,
             recompute_modules=precision.recompute_modules,
             recompute_method=precision.recompute_method,
             recompute_layers=precision.recompute_layers,
             kernels=Kernels(fused_norm=True, context_parallel=engine, attention_generation=3 if engine else 2),
         )
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of a parameter and of an element of the activations."""
+        return 4 if self.precision == "fp32" else 2
 
     @property
     def world_size(self) -> int:

@@ -82,14 +82,16 @@ class Device:
         """Seconds of kernels that read and write `count` bytes together."""
         return count / self.bytes_per_second
 
-    def fused_attention(self, flops: float, length: float, kernels: Kernels, *, hopper: bool) -> float:
-        """Seconds of fused attention's forward pass.
+    def fused_attention(self, length: float, precision: str, kernels: Kernels, *, hopper: bool) -> float:
+        """FLOP/s of fused attention's forward pass: of the scores below the diagonal and their product with the values.
 
         Args:
-            flops: of the scores below the diagonal and their product with the values.
             length: tokens of the query block that one kernel sees.
+            precision: of the job; in 8 bits attention runs in 16, in fp32 without tensor cores.
             kernels: which generation of it runs.
             hopper: the device is Hopper or newer.
         """
-        rate = self.attention_flops * length / (length + _HALF_LENGTH)
-        return flops / (rate * (_OLDER_ATTENTION if hopper and kernels.attention_generation == 2 else 1.0))
+        filled = length / (length + _HALF_LENGTH)
+        if precision == "fp32":
+            return self.attention_flops * self.fp32_flops / self.product_flops * filled
+        return self.attention_flops * filled * (_OLDER_ATTENTION if hopper and kernels.attention_generation == 2 else 1)

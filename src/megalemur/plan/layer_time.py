@@ -1,8 +1,8 @@
 """Seconds of one transformer layer, of the embedding and of the output layer with the loss, by what they are spent on.
 
 Letters: T tokens of a micro-batch on a context-parallel rank, h hidden, q and g widths of all query and key/value
-heads, f feed-forward width, V vocabulary, t tensor-parallel size. Bytes are counted kernel by kernel, two an activation
-element.
+heads, f feed-forward width, V vocabulary, t tensor-parallel size, e bytes an activation element. Bytes are counted
+kernel by kernel.
 """
 
 from typing import NamedTuple
@@ -57,7 +57,7 @@ class LayerModel:
         self._query = job.num_attention_heads * job.head_dim / job.tensor
         self._key = job.num_query_groups * job.head_dim / job.tensor
         self._wide = job.ffn_hidden_size / job.tensor
-        self._unit = self._links.ring(2.0 * self._tokens * job.hidden_size, job.tensor, 1)
+        self._unit = self._links.ring(float(job.element_bytes * self._tokens * job.hidden_size), job.tensor, 1)
 
     def _products(self, precision: str, shapes: tuple[tuple[float, float], ...]) -> tuple[float, float, float]:
         """Forward, input-gradient and weight-gradient seconds of linear layers of (inputs, outputs)."""
@@ -117,35 +117,38 @@ class LayerModel:
         length = job.sequence_length
         if job.kernels.flash_attention:
             flops = 2.0 * self._tokens * length * self._query
-            forward = device.fused_attention(flops, length / job.context, job.kernels, hopper=self._hopper)
+            rate = device.fused_attention(length / job.context, job.precision, job.kernels, hopper=self._hopper)
+            forward = flops / rate
             return forward, 2.5 / ATTENTION_BACKWARD * forward
         heads = job.num_attention_heads // job.tensor * job.micro_batch_size
         scores = float(heads) * length * length
         one = device.product(length, length, job.head_dim, job.precision, batch=heads)
         other = device.product(length, job.head_dim, length, job.precision, batch=heads)
-        dropout = job.kernels.dropout
+        e, dropped = job.element_bytes, (2 * job.element_bytes + 1 if job.kernels.dropout else 0)
         # softmax reads and writes scores; dropout reads, writes, and writes its mask; backward reads both operands
-        forward = one + other + device.moved(scores * (4 + (5 if dropout else 0)))
-        return forward, 2 * (one + other) + device.moved(scores * (6 + (5 if dropout else 0)))
+        forward = one + other + device.moved(scores * (2 * e + dropped))
+        return forward, 2 * (one + other) + device.moved(scores * (3 * e + dropped))
 
     def _activation(self) -> tuple[float, float]:
         """Bytes a token of the feed-forward's activation."""
+        wide = self._job.element_bytes * self._wide
         if not self._job.gated:
-            return 4 * self._wide, 6 * self._wide
+            return 2 * wide, 3 * wide
         if self._job.kernels.fused_swiglu:
-            return 6 * self._wide, 10 * self._wide
-        return 10 * self._wide, 20 * self._wide
+            return 3 * wide, 5 * wide
+        return 5 * wide, 10 * wide
 
     def _bytes(self) -> tuple[float, float]:
         """Bytes that the element-wise kernels of a layer move, forward and backward."""
         job = self._job
-        rows = job.hidden_size / (job.tensor if job.sequence_parallel else 1)
-        norm, norm_backward = (4 * rows, 6 * rows) if job.kernels.fused_norm else (8 * rows, 14 * rows)
-        mask = rows if job.kernels.dropout else 0.0
-        rotary = 4 * (self._query + self._key)
+        width = job.hidden_size / (job.tensor if job.sequence_parallel else 1)
+        rows = job.element_bytes * width
+        norm, norm_backward = (2 * rows, 3 * rows) if job.kernels.fused_norm else (4 * rows, 7 * rows)
+        mask = width if job.kernels.dropout else 0.0
+        rotary = 2 * job.element_bytes * (self._query + self._key)
         act, act_backward = self._activation()
-        forward = 2 * (norm + 6 * rows + mask) + rotary + act
-        backward = 2 * (norm_backward + 6 * rows + 4 * mask) + rotary + act_backward
+        forward = 2 * (norm + 3 * rows + mask) + rotary + act
+        backward = 2 * (norm_backward + 3 * rows + 4 * mask) + rotary + act_backward
         if job.precision == "fp8":
             # every operand is read in 16 bits and written in 8 bits twice, as it is and transposed
             linear = (*self._attention_shapes(), *self._ffn_shapes())
@@ -185,23 +188,23 @@ class LayerModel:
         job, ranks = self._job, self._job.context
         if ranks == 1:
             return 0.0, 0.0
-        message = self._links.message(4.0 * self._tokens * self._key, job.tensor)
+        message = self._links.step(2.0 * job.element_bytes * self._tokens * self._key, ranks, job.tensor)
         steps = ranks - 1
         forward = steps * max(0.0, message - core / ranks)
         backward = steps * max(0.0, 2 * message - core_backward / ranks)
-        # partial outputs are added in fp32, gradients of queries, keys and values in 16 bits
+        # partial outputs are added in fp32, gradients of queries, keys and values as they are
         merge = steps * self._tokens * self._query * 12
-        merge_backward = steps * self._tokens * (self._query + 2 * self._key) * 6
+        merge_backward = steps * self._tokens * (self._query + 2 * self._key) * 3 * job.element_bytes
         return forward + self._device.moved(merge), backward + self._device.moved(merge_backward)
 
     def embedding(self) -> Passes:
         """Looking rows up, and adding gradients to them."""
         job = self._job
-        rows = self._tokens * job.hidden_size
-        forward = self._device.moved(4.0 * rows) + self._unit
+        rows = self._tokens * job.hidden_size * job.element_bytes
+        forward = self._device.moved(2.0 * rows) + self._unit
         return Passes(
             Seconds(elementwise=forward - self._unit, tensor_messages=self._unit),
-            Seconds(elementwise=self._device.moved(10.0 * rows), tensor_messages=self._unit),
+            Seconds(elementwise=self._device.moved(5.0 * rows), tensor_messages=self._unit),
         )
 
     def output(self) -> Passes:

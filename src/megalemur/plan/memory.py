@@ -24,6 +24,9 @@ CONTEXT_BYTES = 1 << 30
 SLACK = 0.05
 """Part of the activations that the allocator holds beyond them, in blocks that do not fit. An assumption too."""
 
+UPDATE = "update"
+"""Where a peak is that is in no part of a chunk."""
+
 
 @dataclass(frozen=True, slots=True)
 class StageMemory:
@@ -53,7 +56,7 @@ class StageMemory:
     peak_op: Op
     """Operation of the peak."""
     peak_unit: str
-    """Part of its chunk in which the peak is."""
+    """Part of its chunk in which the peak is; UPDATE: it is in the update behind that operation."""
     capacity: int | None = None
     """Memory of the card, where it is known."""
 
@@ -192,22 +195,27 @@ def stage_parameters(job: Job, stage: int) -> int:
     return sum(job.layers[stage]) * split + tables * table + (h if last else 0)
 
 
+def _owned(job: Job, parameters: int) -> int:
+    """Parameters of a rank that it updates itself."""
+    return -(-parameters // (job.data * job.context)) if job.distributed_optimizer else parameters
+
+
 def _state(job: Job, parameters: int) -> tuple[int, int, int]:
     """Bytes of parameters, gradients, and masters with moments."""
     wide = job.precision == "fp32"
-    shards = job.data * job.context if job.distributed_optimizer else 1
-    owned = -(-parameters // shards)
     masters = 0 if wide else MASTER_BYTES  # fp32 parameters are their own masters
     return (
         parameters * (4 if wide else 2),
         parameters * (4 if job.grads_in_fp32 else 2),
-        owned * (masters + MOMENTS_BYTES),
+        _owned(job, parameters) * (masters + MOMENTS_BYTES),
     )
 
 
-def _buffers(job: Job, parameters: int) -> int:
-    weights = 2 * parameters if job.precision == "fp8" else 0  # each matrix in 8 bits, as it is and transposed
-    return standing_buffers(job) + weights
+def _buffers(job: Job, stage: int) -> int:
+    """Bytes that stay: of activations, and in fp8 each matrix of the layers in 8 bits, as it is and transposed. Tables
+    are multiplied in 16 bits."""
+    matrices = sum(job.layers[stage]) * (job.layer_parameters - 2 * job.hidden_size) // job.tensor
+    return standing_buffers(job) + (2 * matrices if job.precision == "fp8" else 0)
 
 
 class _Peak(NamedTuple):
@@ -216,6 +224,11 @@ class _Peak(NamedTuple):
     op: Op
     chunk: Chunk
     in_flight: int
+
+    @property
+    def unit(self) -> str:
+        """Part of the chunk in which it is."""
+        return self.chunk.backward_unit if self.op.backward else self.chunk.forward_unit
 
 
 def _level(job: Job, moment: Moment, own: Chunk, held: int) -> int:
@@ -236,7 +249,14 @@ def _peak(job: Job, stage: int) -> _Peak:
         if best is None or level > best.level:
             best = _Peak(level, held, op, own, sum(moment.held) + (not op.backward))
     assert best is not None, "a step has operations"
-    return best
+    update = job.update_bytes * _owned(job, stage_parameters(job, stage))
+    return best if best.level >= update else _updating(job, update)
+
+
+def _updating(job: Job, size: int) -> _Peak:
+    """The peak where it is in the update, which comes after the last operation."""
+    nothing = Chunk(kept=0, forward=0, forward_unit=UPDATE, backward=size, backward_unit=UPDATE, logits=0)
+    return _Peak(size, 0, Op(True, 0, job.micro_batches - 1), nothing, 0)
 
 
 def memory_of(job: Job, *, cluster_memory: int | None = None) -> tuple[StageMemory, ...]:
@@ -253,8 +273,7 @@ def _stage_memory(job: Job, stage: int, capacity: int | None) -> StageMemory:
     count = stage_parameters(job, stage)
     parameters, gradients, optimizer = _state(job, count)
     peak = _peak(job, stage)
-    unit = peak.chunk.backward_unit if peak.op.backward else peak.chunk.forward_unit
-    logits = min(peak.chunk.logits, peak.level - peak.held) if unit == "output layer" else 0
+    logits = min(peak.chunk.logits, peak.level - peak.held) if peak.unit == "output layer" else 0
     return StageMemory(
         stage=stage,
         layers=job.layers[stage],
@@ -265,11 +284,11 @@ def _stage_memory(job: Job, stage: int, capacity: int | None) -> StageMemory:
         activations=peak.held,
         logits=logits,
         working=peak.level - peak.held - logits,
-        buffers=_buffers(job, count),
+        buffers=_buffers(job, stage),
         slack=int(SLACK * peak.level) + CONTEXT_BYTES,
         in_flight=peak.in_flight,
         peak_op=peak.op,
-        peak_unit=unit,
+        peak_unit=peak.unit,
         capacity=capacity,
     )
 
@@ -289,7 +308,7 @@ def peak_memory(job: Job) -> int:
 def _total(job: Job, stage: int) -> int:
     count = stage_parameters(job, stage)
     level = _peak(job, stage).level
-    return sum(_state(job, count)) + _buffers(job, count) + level + int(SLACK * level) + CONTEXT_BYTES
+    return sum(_state(job, count)) + _buffers(job, stage) + level + int(SLACK * level) + CONTEXT_BYTES
 
 
 def memory_timeline(job: Job, stage: int) -> tuple[Point, ...]:

@@ -1,15 +1,15 @@
 """Memory of a plan, and a dry run beside it, as tables for people."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.table import Table
 
 from megalemur.config.run import RunConfig
 from megalemur.plan.checkpoint_cost import checkpoint_cost
-from megalemur.plan.dry_result import Collective, Compared, DryRun, Order, class_rank, dry_run, parsed_ranks
+from megalemur.plan.dry_result import Collective, Compared, DryRun, Order, dry_run
 from megalemur.plan.job import Job
-from megalemur.plan.memory import StageMemory, memory_of
+from megalemur.plan.memory import UPDATE, StageMemory, memory_of
 
 _GB = 10**9
 
@@ -30,6 +30,8 @@ def _table(title: str, left: Iterable[str], right: Iterable[str]) -> Table:
 def moment(stage: StageMemory) -> str:
     """When a stage is fullest, in words."""
     op = stage.peak_op
+    if stage.peak_unit == UPDATE:
+        return "the optimizer's update"
     where = f", chunk {op.chunk}" if len(stage.layers) > 1 else ""
     return f"{'backward' if op.backward else 'forward'} of micro-batch {op.micro_batch}{where}: {stage.peak_unit}"
 
@@ -98,19 +100,13 @@ def print_memory(config: RunConfig, console: Console) -> None:
     )
 
 
-def print_dry_run(config: RunConfig, console: Console, *, ranks: str | None, all_classes: bool) -> None:
+def print_dry_run(config: RunConfig, console: Console, ranks: Sequence[int]) -> None:
     """Trace the chosen ranks and print them beside the plan.
 
     Raises:
-        ValueError: `ranks` names none of the world's, or the run file asks for modules that are not installed.
+        ValueError: the run file asks for modules that are not installed.
     """
-    parallel = config.parallel
-    if ranks is not None and all_classes:
-        raise ValueError("--ranks and --all-classes exclude each other; leave one of them out")
-    chosen = parsed_ranks(parallel, ranks or "0,last")
-    if all_classes:
-        chosen = [class_rank(parallel, stage) for stage in range(parallel.pipeline)]
-    found = dry_run(Order(config), chosen)
+    found = dry_run(Order(config), ranks)
     console.print(dry_run_table(found))
     for one in (found.ranks[0], found.ranks[-1])[: len(found.ranks)]:
         console.print(collectives_table(one))

@@ -11,7 +11,15 @@ from plotly.subplots import make_subplots
 
 from megalemur.plan.better import Better
 from megalemur.plan.gantt import Kind, chart
-from megalemur.plan.terminal import MEMORY_KINDS, breakdown, facts, layout_text, part_bytes, seconds_text
+from megalemur.plan.terminal import (
+    MEMORY_KINDS,
+    breakdown,
+    facts,
+    layout_text,
+    nothing_found,
+    part_bytes,
+    seconds_text,
+)
 from megalemur.plan.whole import Plan
 
 _GB = 1e9
@@ -192,12 +200,16 @@ def _time(plan: Plan) -> Iterable[str]:
 
 def _search(plan: Plan, better: Better) -> Iterable[str]:
     best = better.best
-    found = f"{better.found.tried:,} layouts on {better.gpus:,} GPUs looked at, {len(better.found.candidates):,} fit."
+    cards = f"{better.gpus:,} GPU{'s' * (better.gpus != 1)}"
+    found = f"{better.found.tried:,} layouts on {cards} looked at, {len(better.found.candidates):,} fit."
     if best is None:
-        yield _section("Layouts", f"{found} Take more GPUs, or larger ones.")
+        yield _section("Layouts", f"{found[:-1]}: {nothing_found(better)}.")
         return
-    yield _section("Layouts", f"{found} The fastest step of each tensor- and pipeline-parallel size, in seconds.")
-    yield _drawn(_heat_map(better), "layouts", 420)
+    if len(better.by_tensor_and_pipeline()) > 1:
+        yield _section("Layouts", f"{found} The fastest step of each tensor- and pipeline-parallel size, in seconds.")
+        yield _drawn(_heat_map(better), "layouts", 420)
+    else:
+        yield _section("Layouts", found)
     yield _section("Time and memory", "Nothing else is both faster and smaller than a layout on the line.")
     yield _drawn(_front(plan, better), "front", 420)
 

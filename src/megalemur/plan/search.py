@@ -146,7 +146,7 @@ def _depths_and_batches(base: Job) -> Iterator[Job]:
 def search(
     candidates: Iterator[Job], *, limit_bytes: int, peak_bytes: Callable[[Job], int], seconds: Callable[[Job], float]
 ) -> Found:
-    """The layouts that fit, the fastest first; each with the least recompute that makes it fit, and every way above.
+    """The layouts that fit, the fastest first; each with every way to recompute that fits: the front needs them all.
 
     Args:
         candidates: from `layouts`.
@@ -161,8 +161,6 @@ def search(
             peak = peak_bytes(job)
             if peak <= limit_bytes:
                 found.append(Candidate(job, seconds(job), peak))
-                if job.recompute == "none":
-                    break
     return Found(tuple(sorted(found, key=lambda c: (c.seconds, c.peak_bytes))), tried)
 
 

@@ -109,7 +109,7 @@ class TimeModel:
         breakdown = {
             **_kinds(job, parts, critical),
             "pipeline_messages": 2 * job.chunks * job.micro_batches * shown,
-            "bubble": span - job.micro_batches * work[critical],
+            "bubble": max(0.0, span - job.micro_batches * work[critical]),  # below 0 by a rounding where there is none
             "data_parallel": exposed,
             "optimizer": optimizer,
             "other": self._constants.step_gap * math.log2(job.world_size),
@@ -143,7 +143,7 @@ class TimeModel:
         """Seconds of one message between neighbouring stages."""
         if job.pipeline == 1:
             return 0.0
-        size = 2.0 * job.tokens_per_rank * job.hidden_size
+        size = float(job.element_bytes * job.tokens_per_rank * job.hidden_size)
         if job.sequence_parallel or job.kernels.split_messages:
             size /= job.tensor
         return self._links.message(size, job.tensor * job.context * job.data)
@@ -155,7 +155,7 @@ class TimeModel:
         gradient = 4 if job.grads_in_fp32 else 2
         scatter = self._links.ring(gradient * parameters, replicas, job.tensor)
         # parameters, or an all-reduce's other half
-        size = 2 if job.distributed_optimizer else gradient
+        size = job.element_bytes if job.distributed_optimizer else gradient
         gather = self._links.ring(size * parameters, replicas, job.tensor)
         # the last chunk's last backward pass is p (v - 1) operations before the stage's last one
         steps = job.pipeline * (job.chunks - 1) + 1
@@ -236,8 +236,9 @@ def pipeline_seconds(chunks: tuple[tuple[ChunkTime, ...], ...], micro_batches: i
     """The schedule's time without replaying it.
 
     A stage is busy for all its micro-batches; before it the stages above it are filled, behind it they drain, and twice
-    it waits for a round trip through the stages below it, less what it does meanwhile. The slowest stage decides. With
-    equal stages that is (m + (p - 1) / v) (f + b), as in Narayanan et al. 2021, section 2.2.
+    it waits for a round trip through the stages below it, less what it does meanwhile. With so few micro-batches that
+    all go forward before the first comes back, it waits once. The slowest stage decides. With equal stages that is
+    (m + (p - 1) / v) (f + b), as in Narayanan et al. 2021, section 2.2.
 
     Args:
         chunks: seconds of each [stage][chunk].
@@ -251,7 +252,10 @@ def pipeline_seconds(chunks: tuple[tuple[ChunkTime, ...], ...], micro_batches: i
         pair = forward + backward + 2 * arrival
         below -= pair
         ahead = depth - 1 - number
-        waited = max(0.0, below - ahead * forward) + max(0.0, below - ahead * backward)
+        if micro_batches > ahead:
+            waited = max(0.0, below - ahead * forward) + max(0.0, below - ahead * backward)
+        else:
+            waited = max(0.0, below - (micro_batches - 1) * min(forward, backward))
         work = micro_batches * sum(c.forward + c.backward for c in stage)
         latest = max(latest, above + work + waited)
         above += pair

@@ -44,6 +44,7 @@ TIME_NAMES: dict[str, str] = {
 }
 
 _MOST_STAGES = 8
+_NOTHING_KEPT = 1e-6
 _GB = 1e9
 
 
@@ -156,11 +157,17 @@ def facts(plan: Plan) -> list[tuple[str, str]]:
         ("tokens a day", short(plan.tokens_per_day)),
         (
             "to the end",
-            f"{days_text(plan.budget.days)}, {_hours(plan.budget.gpu_hours)} GPU hours, {short(plan.tokens)} tokens",
+            f"{_until_the_end(plan)}, {short(plan.tokens)} tokens",
         ),
         ("goodput", _goodput(plan)),
         ("checkpoint", f"{cost.whole / _GB:,.4g} GB, {seconds_text(cost.whole_seconds)} to the disk; {_saved(plan)}"),
     ]
+
+
+def _until_the_end(plan: Plan) -> str:
+    if plan.saves.kept < _NOTHING_KEPT:
+        return "never: failures come faster than saves"
+    return f"{days_text(plan.budget.days)}, {_hours(plan.budget.gpu_hours)} GPU hours"
 
 
 def days_text(days: float) -> str:
@@ -231,6 +238,16 @@ def _layouts(candidates: Sequence[Candidate], limit: int, against: float | None)
     return grid
 
 
+def nothing_found(better: Better) -> str:
+    """Why a search has no answer, and what to do."""
+    if not better.found.tried:
+        return (
+            f"no layout of {better.gpus:,} processes: tensor x pipeline x context x data cannot come to that with so "
+            "many heads and layers and data.global_batch_size; take another number of GPUs or another batch"
+        )
+    return f"none fits {better.cluster.memory_bytes / _GB:.1f} GB: take more GPUs or larger ones"
+
+
 def print_better(better: Better, console: Console, *, now: float | None, whole: bool) -> None:
     """Print the search's answer.
 
@@ -241,10 +258,11 @@ def print_better(better: Better, console: Console, *, now: float | None, whole: 
         whole: twenty layouts and the Pareto front; False: the best three.
     """
     found, limit, best = better.found, better.cluster.memory_bytes, better.best
-    title = f"[bold]Layouts on {better.gpus:,} GPUs[/]: {found.tried:,} looked at, {len(found.candidates):,} fit"
+    count = f"{better.gpus:,} GPU{'s' * (better.gpus != 1)}"
+    title = f"[bold]Layouts on {count}[/]: {found.tried:,} looked at, {len(found.candidates):,} fit"
     console.print(f"{title} with {HEADROOM:.0%} of {better.cluster.name} to spare", highlight=False)
     if best is None:
-        console.print(Text(f"none fits {limit / _GB:.1f} GB: take more GPUs or larger ones", style="bold red"))
+        console.print(Text(nothing_found(better), style="bold red"))
         return
     console.print(_layouts(better.distinct(10 if whole else 3), limit, now), highlight=False)
     if whole:

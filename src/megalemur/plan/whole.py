@@ -138,11 +138,11 @@ def _saves(config: RunConfig, step_seconds: float, cost: CheckpointCost, assumed
         restart=assumed.restart_seconds,
         written_behind=cost.whole_seconds if behind else 0.0,
     )
-    every = config.checkpoint.save_every or None
-    kept = goodput((every or config.run.steps) * step_seconds, reliability)
+    every, steps = config.checkpoint.save_every or None, max(1, config.run.steps)  # no step at all: as if one
+    kept = goodput((every or steps) * step_seconds, reliability)
     best = best_steps(step_seconds, reliability)
     if best is not None and math.isfinite(reliability.between_failures):
         # a save in the background must be on the disk before the next one begins
-        best = min(max(best, math.ceil(reliability.written_behind / step_seconds)), config.run.steps)
-    best_kept = goodput((best or config.run.steps) * step_seconds, reliability)
+        best = min(max(best, math.ceil(reliability.written_behind / step_seconds)), steps)
+    best_kept = goodput((best or steps) * step_seconds, reliability)
     return Saves(reliability=reliability, every=every, kept=kept, best_every=best, best_kept=best_kept)

@@ -47,6 +47,7 @@ def test_a_figure_without_a_source_is_refused(tmp_path):
     [
         ({"memory_bytes": -1}, "memory_bytes"),
         ({"gpus_per_node": True}, "gpus_per_node"),
+        ({"achievable_fraction": 5}, "achievable_fraction"),
         ({"colour": "green"}, "colour"),
         ({"architecture": "volta"}, "architecture"),
     ],

@@ -10,12 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megalemur.config.load import load_run
 from megalemur.config.model import ModelConfig
 from megalemur.config.presets import PRESETS
 from megalemur.plan.activations import chunk_of, standing_buffers
 from megalemur.plan.conventions import korthikanti_2022
 from megalemur.plan.job import Job, Kernels
 from megalemur.plan.memory import (
+    UPDATE,
     enough_micro_batches,
     fullest_moments,
     memory_of,
@@ -212,6 +214,42 @@ def test_the_fullest_stage_and_its_moment():
     assert plan[-1].peak_unit == "output layer" and plan[-1].logits > 0 == plan[0].logits
     assert not memory_of(job, cluster_memory=40 * 10**9)[0].fits
     assert memory_of(job)[0].fits is None
+
+
+def test_8_bit_copies_are_of_the_layers_matrices_and_of_no_table():
+    wide, narrow = (memory_of(job_of("llama3_8b", tensor=2, precision=p))[0] for p in ("bf16", "fp8"))
+    model = ModelConfig(preset="llama3_8b")
+    matrices = model.num_layers * (model.parameters_per_layer - 2 * model.hidden_size)
+    assert narrow.buffers - wide.buffers == 2 * matrices // 2
+    assert narrow.parameters == wide.parameters and narrow.activations_peak == wide.activations_peak
+
+
+def test_the_update_is_the_peak_where_it_allocates_more_than_a_micro_batch():
+    small = {"recompute": "full", "sequence_length": 512, "global_batch_size": 4}
+    quiet, loud = (memory_of(job_of(**small, update_bytes=size))[0] for size in (0, 8))
+    assert loud.peak_unit == UPDATE and loud.activations_peak == 8 * loud.parameter_count > quiet.activations_peak
+    assert (loud.activations, loud.logits, loud.in_flight) == (0, 0, 0)
+    assert peak_memory(job_of(**small, update_bytes=8)) == loud.total
+    # split over the replicas it is less than a micro-batch
+    shared = {**small, "data": 64, "global_batch_size": 256, "sequence_length": 4096}
+    assert memory_of(job_of(**shared, update_bytes=8)) == memory_of(job_of(**shared))
+    whole = memory_of(job_of(**shared, update_bytes=8, distributed_optimizer=False))[0]
+    assert whole.peak_unit == UPDATE
+
+
+@pytest.mark.parametrize(
+    ("settings", "size"),
+    [
+        ([], 0),
+        (["optim.kind=adamw"], 4),
+        (["precision.reduce_grads_in_fp32=false"], 4),
+        (["precision.reduce_grads_in_fp32=false", "optim.kind=adamw"], 8),
+        (["precision.reduce_grads_in_fp32=false", "precision.dtype=fp32"], 0),
+    ],
+)
+def test_what_the_update_allocates_follows_from_the_run_file(settings, size):
+    run = ROOT / "launch/runs/llama2_70b_pretrain.yaml"
+    assert Job.of(load_run(run, settings)).update_bytes == size
 
 
 def test_nothing_here_imports_torch():

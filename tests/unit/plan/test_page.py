@@ -10,7 +10,7 @@ import pytest
 from megalemur.config.load import load_run
 from megalemur.plan.better import look_for_better
 from megalemur.plan.cluster import load_cluster
-from megalemur.plan.gantt import chart
+from megalemur.plan.gantt import MOST_BARS, chart
 from megalemur.plan.page import page
 from megalemur.plan.terminal import facts
 from megalemur.plan.whole import make_plan
@@ -61,6 +61,26 @@ def test_a_step_of_40000_operations_is_shown_at_its_ends():
             assert total(
                 [bar for bar in panel if bar.stage == stage], *set(bar.kind for bar in panel)
             ) == pytest.approx(end - begin)
+
+
+def test_a_deep_pipeline_is_shown_until_it_is_full():
+    plan = planned("parallel.pipeline=16")  # 94 forward operations, then the first backward one
+    first, last = chart(plan).panels
+    for stage in (0, 15):
+        kinds = Counter(bar.kind for bar in first if bar.stage == stage)
+        assert min(kinds["forward"], kinds["backward"]) > 2, (stage, kinds)
+        assert Counter(bar.kind for bar in last if bar.stage == stage)["backward"] > 50
+    # negative control: as few bars as a short pipeline needs end before that
+    assert all(bar.kind != "backward" for bar in chart(plan, MOST_BARS).panels[0] if bar.stage == 0)
+
+
+def test_one_layout_makes_no_heat_map():
+    single = [f"parallel.{name}=1" for name in ("tensor", "pipeline", "chunks", "data")]
+    plan = planned("model.preset=tiny", *single, "parallel.sequence=false", "data.sequence_length=256")
+    better = look_for_better(plan.config, H100)
+    assert set(better.by_tensor_and_pipeline()) == {(1, 1)}
+    text = page(plan, better)
+    assert 'id="layouts"' not in text and 'id="front"' in text and "layouts on 1 GPU looked at" in text
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import pytest
 from megalemur.config.model import ModelConfig
 from megalemur.config.presets import PRESETS
 from megalemur.observe.throughput import flops_per_token as closed_form
+from megalemur.plan.collectives import Links
 from megalemur.plan.constants import fitted
 from megalemur.plan.flops import flops_per_token
 from megalemur.plan.job import Kernels
@@ -147,9 +148,27 @@ def test_fp8_is_faster_and_refused_where_there_is_none():
         step(A100, **LAYOUT, precision="fp8")
 
 
+def test_fp32_runs_without_tensor_cores_and_moves_twice_the_bytes():
+    long = {"preset": "llama2_7b", "sequence": 131072, "tensor": 4, "pipeline": 2, "data": 8, "batch": 32}
+    narrow, wide = (step(**long, precision=precision) for precision in ("bf16", "fp32"))
+    ratio = H100.peak_teraflops_16bit / H100.peak_teraflops_fp32
+    for kind in ("attention", "matrices"):
+        assert wide.breakdown[kind] == pytest.approx(ratio * narrow.breakdown[kind], rel=0.15)
+    for kind in ("elementwise", "pipeline_messages"):
+        assert wide.breakdown[kind] == pytest.approx(2 * narrow.breakdown[kind], rel=0.05)
+    assert wide.mfu_causal_attention < 0.9
+
+
 def test_context_parallelism_splits_the_work():
     one, two = (step(preset="llama3_8b", sequence=32768, context=c, batch=8).seconds for c in (1, 2))
     assert 0.5 * one < two < 0.7 * one
+
+
+def test_a_ring_of_context_parallel_ranks_is_as_fast_as_its_slowest_link():
+    links = Links.of(H100, fitted())
+    inside, across = links.message(1e8, 1), links.message(1e8, 8)
+    assert links.step(1e8, 2, 4) == links.step(1e8, 8, 1) == inside
+    assert links.step(1e8, 4, 4) == links.step(1e8, 16, 1) == links.step(1e8, 2, 8) == across > 5 * inside
 
 
 def test_replicas_share_the_optimizer():
@@ -183,7 +202,8 @@ def test_the_closed_form_is_exact_for_equal_stages():
         assert pipeline_seconds(equal, micro_batches, 0.0) == pytest.approx(expected, rel=1e-12)
 
 
-def test_the_closed_form_bears_unequal_stages():
+@pytest.mark.parametrize("micro_batches", [1, 2, 3, 5, 16])
+def test_the_closed_form_bears_unequal_stages(micro_batches):
     generator = random.Random(0)
     for _ in range(60):
         stages = [[generator.uniform(0.7, 1.3)] * 2 for _ in range(generator.choice((2, 3, 4, 8)))]
@@ -198,12 +218,12 @@ def test_the_closed_form_bears_unequal_stages():
             mfu_full_attention=0.0,
             mfu_causal_attention=0.0,
         )
-        exact = step_seconds(made.timeline(16))
-        assert pipeline_seconds(chunks, 16, 0.0) == pytest.approx(exact, rel=0.02)
+        exact = step_seconds(made.timeline(micro_batches))
+        assert pipeline_seconds(chunks, micro_batches, 0.0) == pytest.approx(exact, rel=0.02)
         # negative control: as if all stages were the mean one
         if max(max(stages)) > 1.25:
             mean = sum(c.forward + c.backward for (c,) in chunks) / len(chunks)
-            assert mean * (16 + len(chunks) - 1) < 0.99 * exact
+            assert micro_batches < 16 or mean * (micro_batches + len(chunks) - 1) < 0.99 * exact
 
 
 def test_the_timeline_is_what_the_exact_step_took():

@@ -98,14 +98,18 @@ def test_what_lint_calls_an_error_has_the_code_of_bad_settings(monkeypatch):
         (["parallel.tensr=2"], "did you mean parallel.tensor?"),
         (["precision.fp8=hybrid", "model.backend=transformer_engine", "--cluster", "a100_80gb_sxm"], "has no fp8"),
         (["--html", f"{RUN_70B}/plan.html"], "cannot be written"),
-        (["--disk", "0"], "give more than 0"),
+        (["--disk", "0"], "--disk 0: give a finite number, more than 0"),
+        (["--restart", "inf"], "--restart inf: give a finite number, 0 or more"),
+        (["--failures", "inf"], "--failures inf: give"),
+        (["--dry-run", "--ranks", "64"], "there is no rank 64 among 64"),
+        (["--dry-run", "--ranks", "0", "--all-classes"], "exclude each other"),
     ],
 )
 def test_questions_that_make_no_sense_are_refused(arguments, said):
     line = [sys.executable, "-m", "megalemur.cli.main", "plan", str(RUN_70B), *arguments]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     assert done.returncode == exit_codes.BAD_CONFIG, done.stderr
-    assert said in done.stderr and "Traceback" not in done.stderr
+    assert said in done.stderr and "Traceback" not in done.stderr and not done.stdout
 
 
 def test_without_a_run_file_it_is_a_usage_error():
@@ -214,6 +218,23 @@ def test_a_search_without_an_answer_says_so_and_writes_nothing(tmp_path):
     done = command(RUN_70B, "--search", "--gpus", "8", "--cluster", "a100_40gb_sxm", "--write", target)
     assert done.exit_code == exit_codes.DOES_NOT_FIT and "none fits 42" in done.output
     assert "written" not in done.output and not target.exists()
+
+
+def test_a_number_of_processes_that_no_layout_has_is_not_called_too_little_memory():
+    done = command(RUN_70B, "--search", "--gpus", "1000")  # 1000 / 2^n is no number of stages for 80 layers
+    assert done.exit_code == exit_codes.DOES_NOT_FIT
+    assert "no layout of 1,000 processes" in done.output and "larger ones" not in done.output
+    assert "Layouts on 1 GPU: " in command(RUN_70B, "--search", "--gpus", "1").output
+
+
+def test_a_run_of_no_step_has_a_plan():
+    plan = plan_of("run.steps=0", "schedule.warmup_steps=0", "checkpoint.save_every=0")
+    assert plan.budget.days == plan.tokens == 0 < plan.step.seconds and 0 < plan.saves.kept <= 1
+
+
+def test_what_never_ends_says_so():
+    assert dict(facts(plan_of(assumed=Assumptions(failures_per_gpu_year=1e9))))["to the end"].startswith("never: ")
+    assert "days" in dict(facts(plan_of()))["to the end"]
 
 
 def test_the_search_proposes_what_is_fastest_and_leaves_room():
