@@ -19,8 +19,12 @@ from megalemur.plan.schedule import Op, order
 MASTER_BYTES, MOMENTS_BYTES = 4, 8
 """fp32 master and two fp32 moments of a parameter."""
 
-CONTEXT_BYTES = 1 << 30
-"""CUDA context, cuBLAS workspaces and NCCL's communicators. An assumption: not measured here."""
+CONTEXT_BYTES = 512 << 20
+"""CUDA context with lazily loaded kernels, and cuBLAS workspaces. An assumption: not measured here."""
+COMMUNICATOR_BYTES = 688 << 20
+"""Of NCCL's buffers a communicator, outside the allocator: measured on four A100 over NVLink in
+https://github.com/NVIDIA/nccl/issues/964 (544 MiB where it has two processes). More communicators take more, more
+nodes than two do not (https://github.com/NVIDIA/nccl/issues/986)."""
 SLACK = 0.05
 """Part of the activations that the allocator holds beyond them, in blocks that do not fit. An assumption too."""
 
@@ -50,7 +54,7 @@ class StageMemory:
     buffers: int
     """Stay all the time: the gathered sequence, rotary angles, 8-bit copies of the weights."""
     slack: int
-    """Of the allocator, and the CUDA context. Assumed."""
+    """Of the allocator, the CUDA context, and NCCL. Assumed."""
     in_flight: int
     """Micro-batches (times chunks) whose activations are held at the peak."""
     peak_op: Op
@@ -195,6 +199,18 @@ def stage_parameters(job: Job, stage: int) -> int:
     return sum(job.layers[stage]) * split + tables * table + (h if last else 0)
 
 
+def communicators(job: Job) -> int:
+    """NCCL communicators that a rank's steps use: tensor, pipeline, context, replicas, and all for the norm."""
+    return sum(
+        size > 1 for size in (job.tensor, job.pipeline, job.context, job.data * job.context, job.world_size)
+    )  # a tied embedding has one more, on two stages, with two processes
+
+
+def outside_allocator(job: Job) -> int:
+    """Bytes that torch's counters do not see: the context and NCCL."""
+    return CONTEXT_BYTES + communicators(job) * COMMUNICATOR_BYTES
+
+
 def _owned(job: Job, parameters: int) -> int:
     """Parameters of a rank that it updates itself."""
     return -(-parameters // (job.data * job.context)) if job.distributed_optimizer else parameters
@@ -285,7 +301,7 @@ def _stage_memory(job: Job, stage: int, capacity: int | None) -> StageMemory:
         logits=logits,
         working=peak.level - peak.held - logits,
         buffers=_buffers(job, stage),
-        slack=int(SLACK * peak.level) + CONTEXT_BYTES,
+        slack=int(SLACK * peak.level) + outside_allocator(job),
         in_flight=peak.in_flight,
         peak_op=peak.op,
         peak_unit=peak.unit,
@@ -308,7 +324,7 @@ def peak_memory(job: Job) -> int:
 def _total(job: Job, stage: int) -> int:
     count = stage_parameters(job, stage)
     level = _peak(job, stage).level
-    return sum(_state(job, count)) + _buffers(job, stage) + level + int(SLACK * level) + CONTEXT_BYTES
+    return sum(_state(job, count)) + _buffers(job, stage) + level + int(SLACK * level) + outside_allocator(job)
 
 
 def memory_timeline(job: Job, stage: int) -> tuple[Point, ...]:

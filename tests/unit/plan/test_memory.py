@@ -18,6 +18,7 @@ from megalemur.plan.conventions import korthikanti_2022
 from megalemur.plan.job import Job, Kernels
 from megalemur.plan.memory import (
     UPDATE,
+    communicators,
     enough_micro_batches,
     fullest_moments,
     memory_of,
@@ -214,6 +215,20 @@ def test_the_fullest_stage_and_its_moment():
     assert plan[-1].peak_unit == "output layer" and plan[-1].logits > 0 == plan[0].logits
     assert not memory_of(job, cluster_memory=40 * 10**9)[0].fits
     assert memory_of(job)[0].fits is None
+
+
+@pytest.mark.parametrize(
+    ("layout", "count"),
+    [({}, 0), ({"tensor": 2}, 2), ({"data": 2}, 2), ({"tensor": 4, "pipeline": 8}, 3),
+     ({"tensor": 4, "pipeline": 8, "data": 2}, 4),
+     ({"tensor": 2, "context": 2, "data": 2, "sequence_length": 8192}, 4)],
+)  # fmt: skip
+def test_every_communicator_takes_memory_that_torch_does_not_count(layout, count):
+    job = job_of("llama2_70b", **layout)
+    assert communicators(job) == count
+    stage = memory_of(job)[0]
+    assert stage.slack == int(0.05 * stage.activations_peak) + (512 << 20) + count * (688 << 20)
+    assert peak_memory(job) == max(one.total for one in memory_of(job))
 
 
 def test_8_bit_copies_are_of_the_layers_matrices_and_of_no_table():
