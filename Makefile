@@ -52,8 +52,9 @@ bench-checkpoint: setup  ## saves with digests, in the background and beside cp,
 bench-convert: setup  ## conversions beside cp, and their memory, at the width of Llama-2-70B
 	$(BIN)/python -W ignore benchmarks/convert.py
 
-bench-plan: setup  ## the planned memory beside megatron-core's modules on fake tensors, 40 random jobs; the time of a search
+bench-plan: setup  ## planned memory beside megatron-core's modules on fake tensors, planned steps beside published ones, a search
 	$(BIN)/python -W ignore benchmarks/plan_memory.py
+	$(BIN)/python benchmarks/fit_plan.py
 	$(BIN)/python -W ignore benchmarks/plan.py
 
 bench-gpu: setup  ## the same on a GPU, at the width of Llama-2-70B

@@ -13,12 +13,15 @@ plausible. Needs scipy (the `fit` extra); nothing else of the project does.
 
 import argparse
 import math
+import sys
 from collections import Counter
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import yaml
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.published_jobs import (
     Row,
