@@ -3,6 +3,7 @@
     python benchmarks/fit_plan.py            # residuals of the constants that are kept, in sample, held out and blind
     python benchmarks/fit_plan.py --fit      # fits, writes src/megalemur/plan/constants.yaml
     python benchmarks/fit_plan.py --leave-out  # fits without each family and predicts it
+    python benchmarks/fit_plan.py --rows FILE.csv  # errors on rows of your own, in the columns of benchmarks/published
 
 Blackwell's one constant is fitted on the rows of blackwell.csv, with the others as they are.
 
@@ -178,7 +179,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fit", action="store_true", help="fit, and write the constants")
     parser.add_argument("--leave-out", action="store_true", help="fit without each family in turn, and predict it")
+    parser.add_argument("--rows", type=Path, metavar="FILE.csv", help="only say how far off other rows are predicted")
     options = parser.parse_args()
+    if options.rows:
+        return show(str(options.rows), rows(options.rows.resolve()), fitted())
     table = rows("published_runs.csv")
     if options.fit:
         best = fit(rows("blackwell.csv"), ("blackwell",), fit(table))

@@ -75,13 +75,13 @@ class Trial:
     ran: bool
 
 
-def _table(name: str) -> list[dict[str, str]]:
+def _table(name: str | Path) -> list[dict[str, str]]:
     with (PUBLISHED / name).open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-def rows(name: str) -> list[Row]:
-    """The rows of a table of times in benchmarks/published."""
+def rows(name: str | Path) -> list[Row]:
+    """The rows of a table of times in benchmarks/published, or anywhere else with its whole path."""
     return [_row(values) for values in _table(name)]
 
 
@@ -147,6 +147,11 @@ def _spread(layers: int, depth: int, chunks: int) -> tuple[tuple[int, ...], ...]
     return tuple(tuple(counts[chunk * depth + stage] for chunk in range(chunks)) for stage in range(depth))
 
 
+def _is_early(values: dict[str, str]) -> bool:
+    """GPT on A100 by Megatron-LM of 2021 and 2022: no fused attention, no distributed optimizer. Llamas came later."""
+    return values["gpu"] == "A100" and values["gated"] == "0" and "llm-foundry" not in values["source"]
+
+
 def _kernels(values: dict[str, str]) -> Kernels:
     """What a row's layers ran on."""
     source = values["source"]
@@ -156,8 +161,10 @@ def _kernels(values: dict[str, str]) -> Kernels:
         # torch's silu and product; no message of their software is asynchronous
         kernels = Kernels(fused_norm="RMSNorm kernel" in source, tensor_overlap="none")
         return replace(kernels, flash_attention="FlashAttention" in source)
-    if values["gpu"] == "A100":
+    if _is_early(values):
         return replace(_UNFUSED, tensor_overlap="backward" if "Korthikanti" in source else "none")
+    if values["gpu"] == "A100":
+        return replace(_ENGINE, attention_generation=2, fused_cross_entropy=False, tensor_overlap="backward")
     older = ("NeMo 24." in source or "megatron-core 0.8" in source) and "cuDNN" not in values["note"]
     return replace(_ENGINE, attention_generation=2 if older else 3)
 
@@ -165,8 +172,7 @@ def _kernels(values: dict[str, str]) -> Kernels:
 def _job(values: dict[str, str], micro: int, chunks: int, recompute: str) -> Job:
     source, tensor = values["source"], int(values["tp"])
     hagemann, korthikanti = "Hagemann" in source, "Korthikanti" in source
-    early = values["gpu"] == "A100" and not hagemann and "llm-foundry" not in source
-    kernels = _kernels(values)
+    early, kernels = _is_early(values), _kernels(values)
     heads, hidden, vocab = int(values["heads"]), int(values["hidden_size"]), int(values["vocab"])
     padding = -vocab % (128 * tensor)
     return Job(
