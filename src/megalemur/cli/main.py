@@ -68,7 +68,11 @@ def _expectation(config: "RunConfig") -> "Expectation | None":
         return None
     from megalemur.plan.expected import expectation
 
-    return expectation(config, gpu)
+    try:
+        return expectation(config, gpu)
+    except Exception as error:  # whatever it is, it is no reason not to train
+        typer.echo(f"megalemur: warning: no plan to compare with: {type(error).__name__}: {error}", err=True)
+        return None
 
 
 @app.command()

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from megalemur.cli.main import _expectation
 from megalemur.config.load import parse_run
 
 RUN = """
@@ -84,3 +85,23 @@ def test_generate_refuses_a_directory_without_a_model(tmp_path):
     done = megalemur("generate", str(tmp_path), "--prompt", "x")
     assert done.returncode == 11
     assert str(tmp_path) in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_plan_for_the_run_to_compare_with_is_made_on_rank_0_and_can_fail(rank, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr("megalemur.parallel.device.gpu_name", lambda: "NVIDIA H100 80GB HBM3")
+    found = _expectation(parse_run(RUN))
+    assert (found.cluster == "h100_sxm") if rank == "0" else found is None
+
+    def fails(config, gpu):
+        raise ZeroDivisionError("of the planner")
+
+    monkeypatch.setattr("megalemur.plan.expected.expectation", fails)
+    assert _expectation(parse_run(RUN)) is None
+    assert ("no plan to compare with: ZeroDivisionError" in capsys.readouterr().err) == (rank == "0")
+
+
+def test_without_a_gpu_there_is_no_plan_to_compare_with(monkeypatch):
+    monkeypatch.setattr("megalemur.parallel.device.gpu_name", lambda: None)
+    assert _expectation(parse_run(RUN)) is None
