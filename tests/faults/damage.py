@@ -24,7 +24,8 @@ from tests.support.tiny import tiny_run
 from tests.support.training import start, take_steps, whole_state
 
 OLDER, NEWEST = "step_000001", "step_000002"
-_LAYOUT = "tp2"
+_LAYOUTS = ("one process", "one process", "tp2")
+"""Of the launched trials; two ranks cost twice as much, and what they agree on is the same for all damage."""
 _LAUNCHED = ("checkpoint.save_every=1", "run.stop_at=2")
 _BLOCK = 4096
 
@@ -33,17 +34,22 @@ class Written:
     """Two checkpoints of a small run, and of a large one once a trial asks for it."""
 
     def __init__(self, directory: Path):
-        self.small, self.large = directory / "small", directory / "large"
+        self.small, self._directory = directory / "small", directory
         self.small.mkdir()
         run_ranks(1, save_twice, tiny_run(self.small, num_layers=1))
         self.state = whole_state(self.small / "checkpoints" / OLDER)
         self.losses = cache(self._losses)
 
-    def _losses(self) -> dict[int, tuple[float, float]]:
+    def large(self, layout: str) -> Path:
+        """Folder of the large run in a layout."""
+        return self._directory / layout.replace(" ", "-")
+
+    def _losses(self, layout: str) -> dict[int, tuple[float, float]]:
         """Of each step of the large run, which nobody disturbs."""
-        self.large.mkdir()
-        finish(_LAYOUT, write_run(self.large, *LAYOUTS[_LAYOUT], *_LAUNCHED, **BIG))
-        return read_losses(self.large)
+        directory = self.large(layout)
+        directory.mkdir()
+        finish(layout, write_run(directory, *LAYOUTS[layout], *_LAUNCHED, **BIG))
+        return read_losses(directory)
 
 
 def save_twice(config: RunConfig) -> None:
@@ -55,8 +61,8 @@ def save_twice(config: RunConfig) -> None:
 
 
 def link_tree(source: Path, target: Path) -> None:
-    """The checkpoints again, as hard links."""
-    shutil.copytree(source, target, copy_function=os.link)
+    """The checkpoints again, as hard links; not the record of starts, to which each run appends."""
+    shutil.copytree(source, target, copy_function=os.link, ignore=shutil.ignore_patterns("starts.jsonl"))
 
 
 def damage(path: Path, chance: Random) -> str:
@@ -109,16 +115,17 @@ def _files(path: Path) -> Iterator[Path]:
 def trial(written: Written, trial: Trial) -> str:
     """Damage one file, load."""
     chance, root = trial.chance, trial.directory / "checkpoints"
-    expected = written.losses() if trial.real else {}
-    link_tree((written.large if trial.real else written.small) / "checkpoints", root)
+    layout = chance.choice(_LAYOUTS) if trial.real else ""
+    expected = written.losses(layout) if layout else {}
+    link_tree((written.large(layout) if layout else written.small) / "checkpoints", root)
     victim = chance.choice(list(_files(root / NEWEST)))
     name, how = str(victim.relative_to(root / NEWEST)), damage(victim, chance)
-    if trial.real:
-        said = finish(_LAYOUT, write_run(trial.directory, *LAYOUTS[_LAYOUT], *_LAUNCHED, **BIG))
+    if layout:
+        said = finish(layout, write_run(trial.directory, *LAYOUTS[layout], *_LAUNCHED, **BIG))
         assert f"{OLDER}, at step 1" in said, f"{name}, {how}: {said[-2000:]}"
         assert re.search(rf"passed over.*{re.escape(name)}", said), f"{name}, {how}: {said[-2000:]}"
         assert read_losses(trial.directory) == {2: expected[2]}, f"{name}, {how}"
-        return f"launched: {_kind_of(name)} of 80 MB"
+        return f"launched, {layout}: {_kind_of(name)} of 80 MB"
     path, pieces, passed_over = load_newest(root)
     assert path.name == OLDER, f"{name}, {how}: not found"
     assert [str(error.path) for error in passed_over] == [str(victim)], f"{name}, {how}: {passed_over}"
