@@ -29,8 +29,7 @@ from megalemur.plan.job import Job
 from megalemur.plan.memory import enough_micro_batches, memory_of
 from megalemur.plan.schedule import order as order_of
 from megalemur.plan.traced import Tracer
-from megalemur.train.forward import ForwardStep
-from megalemur.train.setup import build_shape
+from megalemur.train.setup import build_forward, build_shape
 from megalemur.train.step import forward_backward
 
 _CPU = torch.device("cpu")
@@ -90,8 +89,7 @@ class _Stage:
         settings.finalize_model_grads_func = lambda chunks, tokens=None, **given: finish(chunks, None, **given)
         self.shape = build_shape(config)
         self.batch = self._batch()
-        packed = config.data.document_mask == "intra"
-        self.forward_step = ForwardStep(_CPU, packed=packed, borders_device=_CPU)
+        self.forward_step = build_forward(config, _CPU, "torch")  # the CPU's; borders are read on it in any case
 
     def _batch(self) -> Batch:
         b, s = self.config.data.micro_batch_size, self.config.data.sequence_length

@@ -83,7 +83,7 @@ def build_run(config: RunConfig, place: Place) -> Run:
     engine = Engine(
         chunks=wrapped,
         optimizer=Optimizer(wrapped, config.optim, config.parallel, config.precision),
-        forward=build_forward(config, place, backend),
+        forward=build_forward(config, place.device, backend),
         guard=Guard(config.guard),
         shape=build_shape(config),
         place=place,
@@ -180,11 +180,11 @@ def build_saver(config: RunConfig, place: Place) -> Saver:
     return Saver(config.checkpoint, place.saver_group if place.world_size > 1 else None)
 
 
-def build_forward(config: RunConfig, place: Place, backend: str) -> ForwardStep:
+def build_forward(config: RunConfig, device: torch.device, backend: str) -> ForwardStep:
     """The forward step of this run's micro-batches."""
     own_attention = backend == "torch"  # walks over the borders on the host
-    borders_device = torch.device("cpu") if own_attention else place.device
-    return ForwardStep(place.device, packed=config.data.document_mask == "intra", borders_device=borders_device)
+    borders_device = torch.device("cpu") if own_attention else device
+    return ForwardStep(device, packed=config.data.document_mask == "intra", borders_device=borders_device)
 
 
 def build_shape(config: RunConfig) -> Shape:
