@@ -103,6 +103,8 @@ def layouts(job: Job, *, gpus: int, gpus_per_node: int, vocab_size: int, pad_voc
     for tensor in _tensor_sizes(job, gpus=gpus, gpus_per_node=gpus_per_node):
         multiple = pad_vocab_to * tensor
         vocabulary = -(-vocab_size // multiple) * multiple
+        if vocabulary > 2 * vocab_size:
+            continue  # more padding than vocabulary: a run file may not say so
         for context in _CONTEXT if job.kernels.context_parallel else (1,):
             cut = (tensor if tensor > 1 else 1) * (2 * context if context > 1 else 1)
             if (gpus // tensor) % context or job.sequence_length % cut:

@@ -55,6 +55,17 @@ def test_a_run_file_with_the_overrides_of_a_layout_is_that_layout(gpus):
             assert Job.of(load_run(RUN, [*ENGINE, *overrides(one)])) == one
 
 
+def test_no_layout_pads_a_small_vocabulary_by_more_than_it_has():
+    one = ["parallel.tensor=1", "parallel.sequence=null"]
+    config, job = run_and_job("model.vocab_size=151", "parallel.pad_vocab_to=32", *one)
+    found = all_layouts(config, job, gpus=64)
+    assert {layout.tensor for layout in found} == {1, 2, 4, 8}  # 8 x 32 rows hold 151 and 105 of padding
+    config, job = run_and_job("model.vocab_size=151", "parallel.pad_vocab_to=64", *one)
+    found = all_layouts(config, job, gpus=64)
+    assert {layout.tensor for layout in found} == {1, 2, 4}  # 8 x 64 would be 151 and 361
+    assert all(layout.vocab_padding <= 151 for layout in found)
+
+
 def test_every_layout_that_a_run_file_accepts_is_tried():
     config, job = run_and_job("data.global_batch_size=48")
     found = {
