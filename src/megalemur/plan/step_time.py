@@ -1,8 +1,8 @@
 """Seconds of a training step: layers on stages, the schedule over them, gradients, optimizer.
 
 The pipeline's time is either replayed operation by operation (exact) or taken from a closed form, which the search
-uses. Gradients travel beside the last backward pass and parameters beside the first forward pass: what outlasts them
-shows.
+uses; of the interleaved schedule over unequal stages there is none, and its first micro-batches are replayed.
+Gradients travel beside the last backward pass and parameters beside the first forward pass: what outlasts them shows.
 """
 
 import math
@@ -21,6 +21,8 @@ from megalemur.plan.schedule import Op, Timeline, replay, step_seconds
 
 _BUCKET = 40e6
 """Parameters in a gradient bucket, at least; megatron-core's choice is this or 1 M a replica."""
+_ROUNDS = 4
+"""Rounds of an interleaved schedule, p micro-batches each, that are replayed where its stages are unequal."""
 
 
 class ChunkTime(NamedTuple):
@@ -99,10 +101,7 @@ class TimeModel:
         work = [sum(map(sum, stage)) for stage in chunks]
         critical = work.index(max(work))
         arrival = message if hidden else 0.0
-        if exact:
-            span = step_seconds(_replayed(chunks, job.micro_batches, arrival))
-        else:
-            span = pipeline_seconds(chunks, job.micro_batches, arrival)
+        span = _span(chunks, job.micro_batches, arrival, exact=exact, equal=len(set(job.layers)) == 1)
         exposed, optimizer = max(
             (self._data_parallel(job, stage, chunks[stage][0]) for stage in {0, critical, job.pipeline - 1}), key=sum
         )
@@ -230,6 +229,32 @@ def _replayed(chunks: tuple[tuple[ChunkTime, ...], ...], micro_batches: int, arr
         return chunks[stage][op.chunk].backward if op.backward else chunks[stage][op.chunk].forward
 
     return replay(len(chunks), len(chunks[0]), micro_batches, seconds, message_seconds=arrival)
+
+
+def _span(
+    chunks: tuple[tuple[ChunkTime, ...], ...], micro_batches: int, arrival: float, *, exact: bool, equal: bool
+) -> float:
+    """Seconds of the pipeline, from its first operation to its last.
+
+    Args:
+        chunks: seconds of each [stage][chunk].
+        micro_batches: m.
+        arrival: seconds from an operation's end to its result's arrival.
+        exact: replay all of them.
+        equal: whether all stages hold as many layers.
+    """
+    if exact:
+        return step_seconds(_replayed(chunks, micro_batches, arrival))
+    if equal or len(chunks[0]) == 1:
+        return pipeline_seconds(chunks, micro_batches, arrival)
+    # after a few rounds each takes as long as the one before; that is more than the slowest stage's work where its
+    # chunks are unequal and wait for each other in turn
+    few = min(micro_batches, _ROUNDS * len(chunks))
+    seconds = step_seconds(_replayed(chunks, few, arrival))
+    if few == micro_batches:
+        return seconds
+    one_less = step_seconds(_replayed(chunks, few - len(chunks), arrival))
+    return seconds + (micro_batches - few) / len(chunks) * (seconds - one_less)
 
 
 def pipeline_seconds(chunks: tuple[tuple[ChunkTime, ...], ...], micro_batches: int, arrival: float) -> float:

@@ -195,6 +195,22 @@ def test_the_closed_form_is_near_the_replay(pipeline, chunks, recompute):
         assert near == pytest.approx(exact, rel=0.02)
 
 
+@pytest.mark.parametrize("counts", [(5, 6, 5), (7, 7, 6), (1, 3, 3, 3, 3, 3, 3, 1), (2, 3, 3, 3, 3, 2)])
+@pytest.mark.parametrize("rounds", [1, 2, 5, 60])
+@pytest.mark.parametrize("vocabulary", [32000, 256000])
+def test_interleaved_stages_that_are_unequal_are_replayed(counts, rounds, vocabulary):
+    layers = tuple((count, count) for count in counts)
+    model = {"num_layers": 2 * sum(counts), "vocab_size": vocabulary}
+    planned = replace(
+        job("llama2_13b", batch=rounds * len(counts)), **model, pipeline=len(counts), chunks=2, layers=layers
+    )
+    near, exact = (predict(planned, H100, fitted(), exact=way) for way in (False, True))
+    assert near.seconds == pytest.approx(exact.seconds, rel=0.005)
+    # negative control: the closed form, where the last chunk is one layer of three and a large output layer
+    if min(counts) == 1 and rounds == 60 and vocabulary == 256000:
+        assert pipeline_seconds(near.chunks, planned.micro_batches, near.message_seconds) < 0.95 * exact.seconds
+
+
 def test_the_closed_form_is_exact_for_equal_stages():
     for pipeline, chunks, micro_batches in ((2, 1, 5), (4, 1, 4), (4, 2, 8), (8, 3, 24)):
         equal = tuple((ChunkTime(1.0, 2.0),) * chunks for _ in range(pipeline))
