@@ -74,10 +74,13 @@ class Campaign:
     """What must hold."""
     prepare: Callable[[Path], Any]
     """Makes what all trials of a run share, in a directory that lasts as long."""
-    trial: Callable[[Any, Trial], str]
-    """One trial; returns a word for what was hit (a phase, a layout), raises AssertionError where it did not pass."""
+    trial: Callable[[Any, Trial], str | list[str]]
+    """One trial; returns a word for what was hit (a phase, a layout), raises AssertionError where it did not pass.
+    A real one of a campaign that makes several at once returns a word for each."""
     real_every: int = _REAL_EVERY
-    """Every so many trials one is real; 0: none, they run in one process."""
+    """One trial in so many is real; 0: none, they run in one process."""
+    at_once: int = 1
+    """Trials that one launched run makes: so many faults, each of which must be found."""
 
 
 @dataclass
@@ -126,26 +129,30 @@ def run(name: str, *, trials: int, seed: int, seconds: float | None = None, resu
         while number < stop and time.monotonic() < end:
             batch, until = Batch(seed, number), min(end, time.monotonic() + _FLUSH_SECONDS)
             while number < stop and time.monotonic() < until:
-                _try(name, campaign, shared, number, batch, Path(scratch))
-                number += 1
+                number += _try(name, campaign, shared, number, batch, Path(scratch))
             made.append(batch)
             _append(name, batch, results)
     return made
 
 
-def _try(name: str, campaign: Campaign, shared: Any, number: int, batch: Batch, scratch: Path) -> None:
+def _try(name: str, campaign: Campaign, shared: Any, number: int, batch: Batch, scratch: Path) -> int:
+    """Make a trial, or those that are made at once; how many they were."""
     chance = random.Random(f"{name}/{batch.seed}/{number}")
-    real = campaign.real_every > 0 and number % campaign.real_every == 0
+    real = campaign.real_every > 0 and number % (campaign.real_every * campaign.at_once) == 0
+    numbers = range(number, number + (campaign.at_once if real else 1))
     began = time.monotonic()
     with tempfile.TemporaryDirectory(dir=scratch) as directory:
         try:
             hit = campaign.trial(shared, Trial(number, chance, Path(directory), real))
-            batch.spread[hit] = batch.spread.get(hit, 0) + 1
+            for word in [hit] if isinstance(hit, str) else hit:
+                batch.spread[word] = batch.spread.get(word, 0) + 1
         except Exception:
-            batch.failures.append({"trial": number, "said": _without_places(traceback.format_exc(), scratch)[-2000:]})
-    batch.trials += 1
-    batch.real += real
+            said = _without_places(traceback.format_exc(), scratch)[-2000:]
+            batch.failures += [{"trial": each, "said": said} for each in numbers]
+    batch.trials += len(numbers)
+    batch.real += len(numbers) if real else 0
     batch.seconds += time.monotonic() - began
+    return len(numbers)
 
 
 def _without_places(text: str, scratch: Path) -> str:

@@ -24,14 +24,16 @@ from tests.support.tiny import tiny_run
 from tests.support.training import start, take_steps, whole_state
 
 OLDER, NEWEST = "step_000001", "step_000002"
+_AT_ONCE = 5
+"""Checkpoints that are damaged for one launched run, all but the oldest."""
 _LAYOUTS = ("one process", "one process", "tp2")
 """Of the launched trials; two ranks cost twice as much, and what they agree on is the same for all damage."""
-_LAUNCHED = ("checkpoint.save_every=1", "run.stop_at=2")
+_LAUNCHED = ("checkpoint.save_every=1", f"checkpoint.keep={_AT_ONCE + 1}")
 _BLOCK = 4096
 
 
 class Written:
-    """Two checkpoints of a small run, and of a large one once a trial asks for it."""
+    """Two checkpoints of a small run, and more of a large one once a trial asks for it."""
 
     def __init__(self, directory: Path):
         self.small, self._directory = directory / "small", directory
@@ -48,7 +50,7 @@ class Written:
         """Of each step of the large run, which nobody disturbs."""
         directory = self.large(layout)
         directory.mkdir()
-        finish(layout, write_run(directory, *LAYOUTS[layout], *_LAUNCHED, **BIG))
+        finish(layout, write_run(directory, *LAYOUTS[layout], *_LAUNCHED, f"run.stop_at={_AT_ONCE + 1}", **BIG))
         return read_losses(directory)
 
 
@@ -112,32 +114,53 @@ def _files(path: Path) -> Iterator[Path]:
     yield from sorted(file for file in path.rglob("*") if file.is_file())
 
 
-def trial(written: Written, trial: Trial) -> str:
-    """Damage one file, load."""
-    chance, root = trial.chance, trial.directory / "checkpoints"
-    layout = chance.choice(_LAYOUTS) if trial.real else ""
-    expected = written.losses(layout) if layout else {}
-    link_tree((written.large(layout) if layout else written.small) / "checkpoints", root)
-    victim = chance.choice(list(_files(root / NEWEST)))
-    name, how = str(victim.relative_to(root / NEWEST)), damage(victim, chance)
-    if layout:
-        said = finish(layout, write_run(trial.directory, *LAYOUTS[layout], *_LAUNCHED, **BIG))
-        assert f"{OLDER}, at step 1" in said, f"{name}, {how}: {said[-2000:]}"
-        assert re.search(rf"passed over.*{re.escape(name)}", said), f"{name}, {how}: {said[-2000:]}"
-        assert read_losses(trial.directory) == {2: expected[2]}, f"{name}, {how}"
-        return f"launched, {layout}: {_kind_of(name)} of 80 MB"
+def trial(written: Written, trial: Trial) -> str | list[str]:
+    """Damage one file, load; a launched run finds several checkpoints damaged, a file each."""
+    if trial.real:
+        return _launched(written, trial)
+    root = trial.directory / "checkpoints"
+    link_tree(written.small / "checkpoints", root)
+    victim, how = _damage_a_file(root / NEWEST, trial.chance)
     path, pieces, passed_over = load_newest(root)
-    assert path.name == OLDER, f"{name}, {how}: not found"
-    assert [str(error.path) for error in passed_over] == [str(victim)], f"{name}, {how}: {passed_over}"
+    assert path.name == OLDER, f"{victim}, {how}: not found"
+    assert [str(error.path) for error in passed_over] == [str(victim)], f"{victim}, {how}: {passed_over}"
     for piece in pieces:
         assert torch.equal(piece.tensor, written.state[f"{piece.kind}/{piece.name}"]), piece.name
-    return f"{_kind_of(name)}: {how}"
+    return f"{_kind_of(str(victim.relative_to(root / NEWEST)))}: {how}"
+
+
+def _damage_a_file(checkpoint: Path, chance: Random) -> tuple[Path, str]:
+    victim = chance.choice(list(_files(checkpoint)))
+    return victim, damage(victim, chance)
+
+
+def _launched(written: Written, trial: Trial) -> list[str]:
+    """Every file named, the oldest checkpoint taken, and the next step that of a run that nobody disturbed."""
+    chance, root = trial.chance, trial.directory / "checkpoints"
+    layout = chance.choice(_LAYOUTS)
+    expected = written.losses(layout)
+    link_tree(written.large(layout) / "checkpoints", root)
+    damaged = [path for path in sorted(root.glob("step_*")) if path.name != OLDER]
+    assert len(damaged) == _AT_ONCE
+    victims = [(checkpoint, *_damage_a_file(checkpoint, chance)) for checkpoint in damaged]
+    said = finish(layout, write_run(trial.directory, *LAYOUTS[layout], *_LAUNCHED, "run.stop_at=2", **BIG))
+    hits = []
+    for checkpoint, victim, how in victims:
+        name = str(victim.relative_to(checkpoint))
+        named = rf"passed over.*{checkpoint.name}.*{re.escape(name)}"
+        assert re.search(named, said), f"{checkpoint.name}, {name}, {how}: {said[-2000:]}"
+        hits.append(f"launched, {layout}: {_kind_of(name)} of 80 MB")
+    assert f"{OLDER}, at step 1" in said, f"{victims}: {said[-2000:]}"
+    assert read_losses(trial.directory) == {2: expected[2]}, f"{victims}"
+    return hits
 
 
 CAMPAIGN = Campaign(
     target=10_000,
-    what="a bit flipped, a file cut, a block zeroed, in any file of the newest of two checkpoints",
-    passes="the file named before a step is taken, the older checkpoint loaded to the bit",
+    what="a bit flipped, a file cut, a block zeroed, in any file of the newest of two checkpoints; launched: in each of "
+    f"{_AT_ONCE} checkpoints, all but the oldest",
+    passes="every file named before a step is taken, the older checkpoint loaded to the bit",
     prepare=Written,
     trial=trial,
+    at_once=_AT_ONCE,
 )

@@ -53,8 +53,13 @@ def _failures(name: str, batches: list[Batch]) -> str:
     said = [(batch.seed, failure) for batch in batches for failure in batch.failures]
     if not said:
         return ""
-    told = [(seed, one["trial"], one.get("mended", "not explained yet")) for seed, one in said]
-    lines = "".join(f"- seed {seed}, trial {number}: {why}\n" for seed, number, why in told)
+    reasons: dict[tuple[int, str], list[int]] = {}
+    for seed, failure in said:
+        reasons.setdefault((seed, failure.get("mended", "not explained yet")), []).append(failure["trial"])
+    lines = "".join(
+        f"- seed {seed}, trial{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}: {why}\n"
+        for (seed, why), numbers in reasons.items()
+    )
     return f"\n## Failed trials of {name}\n\n{lines}"
 
 

@@ -35,6 +35,18 @@ def test_trials_add_up_and_failures_are_kept(tmp_path: Path, monkeypatch: pytest
     assert seen[-1][0] == 1, "another seed has trials of its own"
 
 
+def test_trials_that_are_made_at_once_count_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trial(_: Path, trial: module.Trial) -> str | list[str]:
+        assert trial.number != 100, "all five of them"
+        return ["real"] * 5 if trial.real else "small"
+
+    fake = Campaign(target=200, what="", passes="", prepare=lambda directory: directory, trial=trial, at_once=5)
+    monkeypatch.setattr(module, "load", lambda name: fake)
+    (batch,) = run("fake", trials=150, seed=0, results=tmp_path)
+    assert (batch.trials, batch.real, batch.spread) == (150, 15, {"real": 10, "small": 135})
+    assert [failure["trial"] for failure in batch.failures] == [100, 101, 102, 103, 104]
+
+
 def test_the_page_is_that_of_the_results() -> None:
     assert PAGE.read_text() == render()
 

@@ -1,5 +1,6 @@
 """Small models, data sets and runs that the distributed tests share."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,18 @@ def write_llama(directory: Path, *, dtype: torch.dtype = torch.float32, seed: in
     return directory
 
 
-def write_data(prefix: Path, *, vocab_size: int, seed: int, documents: int = 200) -> Path:
+def random_documents(vocab_size: int, seed: int, documents: int = 200) -> Iterator[Any]:
     """Documents of 5 to 60 random tokens."""
     generator = np.random.default_rng(seed)
+    for _ in range(documents):
+        yield generator.integers(0, vocab_size, generator.integers(5, 60))
+
+
+def write_data(prefix: Path, *, vocab_size: int, seed: int, documents: int = 200) -> Path:
+    """Random documents, without a manifest."""
     with IndexedWriter(prefix, vocab_size=vocab_size) as writer:
-        for _ in range(documents):
-            writer.add(generator.integers(0, vocab_size, generator.integers(5, 60)))
+        for document in random_documents(vocab_size, seed, documents):
+            writer.add(document)
         writer.commit()
     return prefix
 
