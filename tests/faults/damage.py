@@ -157,8 +157,8 @@ def _launched(written: Written, trial: Trial) -> list[str]:
 
 CAMPAIGN = Campaign(
     target=10_000,
-    what="a bit flipped, a file cut, a block zeroed, in any file of the newest of two checkpoints; launched: in each of "
-    f"{_AT_ONCE} checkpoints, all but the oldest",
+    what="a bit flipped, a file cut, a block zeroed, in any file of the newest of two checkpoints; launched: "
+    f"in each of {_AT_ONCE} checkpoints, all but the oldest",
     passes="every file named before a step is taken, the older checkpoint loaded to the bit",
     prepare=Written,
     trial=trial,
